@@ -1,0 +1,143 @@
+"""What a decoder is made of: frozen, validated settings. Every default of the model stands here and nowhere else."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from sieve.kernels.nsa.geometry import Geometry
+
+AttentionType = Literal["full", "nsa", "window"]
+
+
+class Config(BaseModel):
+    """Base of every settings model: immutable, and an unknown key is an error rather than a silent no-op."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class RopeScaling(Config):
+    """YaRN (arXiv 2309.00071): stretch a model trained at `original_seq_len` tokens by `factor`."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=1.0)
+    original_seq_len: int = Field(gt=0)
+    beta_fast: float = Field(32.0, gt=0)
+    beta_slow: float = Field(1.0, gt=0)
+
+
+class RopeConfig(Config):
+    theta: float = Field(10_000.0, gt=0)
+    scaling: RopeScaling | None = None
+
+
+class MoEConfig(Config):
+    """DeepSeekMoE (arXiv 2401.06066): shared experts always run, routed experts by top-k, no token is dropped.
+
+    `balance="bias"` is the auxiliary-loss-free rule of arXiv 2408.15664; `"aux"` the sequence-independent
+    load-balance loss of Switch (arXiv 2101.03961) with `aux_coef`.
+    """
+
+    num_experts: int = Field(gt=0)
+    top_k: int = Field(gt=0)
+    expert_size: int = Field(gt=0, description="intermediate size of one expert")
+    num_shared: int = Field(0, ge=0)
+    first_dense_layers: int = Field(1, ge=0)
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    normalize_top_k: bool = True
+    routed_scale: float = Field(1.0, gt=0)
+    balance: Literal["bias", "aux", "none"] = "bias"
+    bias_update_rate: float = Field(1e-3, ge=0)
+    aux_coef: float = Field(1e-2, ge=0)
+
+    @model_validator(mode="after")
+    def _top_k_fits(self) -> MoEConfig:
+        if self.top_k > self.num_experts:
+            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}; choose top_k <= num_experts")
+        return self
+
+
+class ModelConfig(Config):
+    """A pre-norm decoder. Sizes are in elements; `intermediate_size` is the width of the dense SwiGLU."""
+
+    name: str
+    num_layers: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    num_heads: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_dim_qk: int = Field(gt=0)
+    head_dim_v: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    moe: MoEConfig | None = None
+    rope: RopeConfig = RopeConfig()
+    norm_eps: float = Field(1e-5, gt=0)
+    tie_embeddings: bool = False
+    init_std: float = Field(0.02, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            allowed = [n for n in range(1, self.num_heads + 1) if self.num_heads % n == 0]
+            raise ValueError(
+                f"num_heads={self.num_heads} is not divisible by num_kv_heads={self.num_kv_heads}; "
+                f"num_kv_heads may be one of {allowed}"
+            )
+        if self.head_dim_qk % 2:
+            raise ValueError(f"head_dim_qk={self.head_dim_qk} is odd; RoPE rotates pairs, so it must be even")
+        return self
+
+
+class AttentionConfig(Config):
+    """How the layers attend. `type` holds for every layer unless `layers` names one type a layer.
+
+    `layers` is a pattern, repeated until it covers the model: [full, nsa] alternates; its length must divide the
+    number of layers. The NSA names are those of arXiv 2502.11089's public ports: kernel_size l, kernel_stride d,
+    block_size l', topk n with the forced blocks included, window_size w (also the width of `window` layers).
+    """
+
+    type: AttentionType = "nsa"
+    layers: tuple[AttentionType, ...] | None = None
+    qk_norm: bool = False
+    output_gate: bool = Field(False, description="sigmoid gate per head and token on the output of full and window layers")
+    impl: Literal["auto", "triton", "reference"] = "auto"
+    window_size: int = 512
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    topk: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 2
+    phi: Literal["mlp", "linear", "mean"] = "mlp"
+    phi_hidden: int | None = Field(None, gt=0, description="hidden width of phi's MLP; null: twice its output's head dim")
+    compressed_rope: bool = Field(True, description="rotate a compressed key at its block's first position")
+    share_kv: bool = Field(False, description="one K/V projection for the three branches")
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _not_empty(cls, value: object) -> object:
+        if isinstance(value, (list, tuple)) and not value:
+            raise ValueError("layers=[] names no layer; give null or at least one of full, nsa, window")
+        return value
+
+    @model_validator(mode="after")
+    def _legal_geometry(self) -> AttentionConfig:
+        self.geometry()
+        return self
+
+    def geometry(self) -> Geometry:
+        """The shape of the sparse pattern, as the kernels take it."""
+        return Geometry(
+            kernel_size=self.kernel_size, kernel_stride=self.kernel_stride, block_size=self.block_size, topk=self.topk,
+            init_blocks=self.init_blocks, local_blocks=self.local_blocks, window_size=self.window_size,
+        )
+
+    def layer_types(self, num_layers: int) -> tuple[AttentionType, ...]:
+        """The type of each layer, the pattern in `layers` repeated; ValueError when it does not fit."""
+        pattern = self.layers or (self.type,)
+        if num_layers % len(pattern):
+            raise ValueError(
+                f"attention.layers has {len(pattern)} entries, which does not divide model.num_layers={num_layers}; "
+                "give one type a layer, or a pattern whose length divides the number of layers"
+            )
+        return pattern * (num_layers // len(pattern))
