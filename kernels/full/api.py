@@ -1,0 +1,91 @@
+"""Full and sliding-window attention over packed documents: one signature, arguments checked, implementation chosen."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from typing import Literal
+
+from torch import Tensor
+
+from sieve.kernels.full.reference import causal_attention
+from sieve.kernels.full.sdpa import sdpa_attention
+from sieve.kernels.full.varlen import varlen_attention, why_not_varlen
+from sieve.kernels.nsa.layout import Packing
+
+Impl = Literal["auto", "varlen", "sdpa", "reference"]
+IMPLS = ("auto", "varlen", "sdpa", "reference")
+
+logger = logging.getLogger(__name__)
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def resolve_impl(impl: Impl, q: Tensor, v: Tensor, window: int | None) -> Literal["varlen", "sdpa", "reference"]:
+    """Which implementation runs; "auto" logs its choice once. ValueError when a named one cannot serve the arguments."""
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
+    if impl == "reference":
+        return "reference"
+    if impl == "sdpa":
+        return "sdpa"
+    reason = why_not_varlen(q, v)
+    if impl == "varlen":
+        if reason is not None:
+            raise ValueError(f"impl='varlen' cannot be had: {reason}; use impl='reference' or 'auto'")
+        return "varlen"
+    what = "full attention" if window is None else "window attention"
+    if reason is None:
+        _log_once(f"{what}: varlen (FlashAttention over cu_seqlens), on {q.device.type} in {q.dtype}")
+        return "varlen"
+    if q.device.type == "cpu" or window is None:
+        _log_once(f"{what}: sdpa by document, since varlen cannot be had: {reason}")
+        return "sdpa"
+    _log_once(f"{what}: reference (plain PyTorch), since varlen cannot be had: {reason}")
+    return "reference"
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.dim() != 3:
+            raise ValueError(f"{name} must be [T, heads, head_dim], got {list(x.shape)}")
+        if not x.is_floating_point() or x.dtype != q.dtype:
+            raise ValueError(f"{name} is {x.dtype}, q is {q.dtype}; they must be one floating-point dtype")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}")
+    T, H, Dqk = q.shape
+    Hkv = k.shape[1]
+    if Hkv < 1 or H % Hkv:
+        raise ValueError(f"q has {H} heads {list(q.shape)}, not divisible by the {Hkv} of k {list(k.shape)}")
+    if tuple(k.shape) != (T, Hkv, Dqk):
+        raise ValueError(f"k must be {[T, Hkv, Dqk]} beside q {list(q.shape)}, got {list(k.shape)}")
+    if tuple(v.shape[:2]) != (T, Hkv):
+        raise ValueError(f"v must be [{T}, {Hkv}, Dv] beside k {list(k.shape)}, got {list(v.shape)}")
+    if packing.total_tokens != T:
+        raise ValueError(f"packing lays out {packing.total_tokens} tokens, q {list(q.shape)} has {T}")
+    if packing.cu_seqlens.device != q.device:
+        raise ValueError(f"packing is on {packing.cu_seqlens.device}, q on {q.device}")
+    if window is not None and window < 1:
+        raise ValueError(f"window={window} must be at least 1 (the query's own token), or None")
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, *, scale: float, window: int | None = None, impl: Impl = "auto"
+) -> Tensor:
+    """Causal attention by document: q [T, H, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv] -> [T, H, Dv] in q's dtype.
+
+    Query head h reads KV head h // (H // Hkv). window: keep the keys (t - window, t], the query's own included; None
+    keeps all. "auto" takes varlen (FlashAttention) on CUDA in half precision, else SDPA by document, and for windows on
+    CUDA in other precisions the chunked reference. Raises ValueError on shapes, dtypes or devices that do not fit together, and on an impl that
+    cannot serve them.
+    """
+    _check(q, k, v, packing, window)
+    chosen = resolve_impl(impl, q, v, window)
+    if chosen == "varlen":
+        return varlen_attention(q, k, v, packing, window, scale=scale)
+    if chosen == "sdpa":
+        return sdpa_attention(q, k, v, packing, window, scale=scale)
+    return causal_attention(q, k, v, packing, window, scale=scale)[0]
