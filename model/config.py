@@ -54,8 +54,19 @@ class MoEConfig(Config):
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEConfig:
         if self.top_k > self.num_experts:
-            raise ValueError(f"top_k={self.top_k} is more than num_experts={self.num_experts}; choose top_k <= num_experts")
+            raise ValueError(
+                f"top_k={self.top_k} is more than num_experts={self.num_experts}; choose top_k <= num_experts"
+            )
+        if self.expert_size % 8:
+            raise ValueError(_not_eight("expert_size", self.expert_size))
         return self
+
+
+def _not_eight(name: str, value: int) -> str:
+    return (
+        f"{name}={value} is not divisible by 8; torch's grouped matrix product wants rows of whole 16 bytes, "
+        f"so that {value // 8 * 8 or 8} or {(value // 8 + 1) * 8} would do"
+    )
 
 
 class ModelConfig(Config):
@@ -85,6 +96,8 @@ class ModelConfig(Config):
             )
         if self.head_dim_qk % 2:
             raise ValueError(f"head_dim_qk={self.head_dim_qk} is odd; RoPE rotates pairs, so it must be even")
+        if self.moe is not None and self.hidden_size % 8:
+            raise ValueError(_not_eight("hidden_size", self.hidden_size))
         return self
 
 
@@ -99,7 +112,7 @@ class AttentionConfig(Config):
     type: AttentionType = "nsa"
     layers: tuple[AttentionType, ...] | None = None
     qk_norm: bool = False
-    output_gate: bool = Field(False, description="sigmoid gate per head and token on the output of full and window layers")
+    output_gate: bool = Field(False, description="sigmoid gate per head and token on full and window layers' output")
     impl: Literal["auto", "triton", "reference"] = "auto"
     window_size: int = 512
     kernel_size: int = 32
@@ -109,7 +122,7 @@ class AttentionConfig(Config):
     init_blocks: int = 1
     local_blocks: int = 2
     phi: Literal["mlp", "linear", "mean"] = "mlp"
-    phi_hidden: int | None = Field(None, gt=0, description="hidden width of phi's MLP; null: twice its output's head dim")
+    phi_hidden: int | None = Field(None, gt=0, description="width of phi's MLP; null: twice its output's head dim")
     compressed_rope: bool = Field(True, description="rotate a compressed key at its block's first position")
     share_kv: bool = Field(False, description="one K/V projection for the three branches")
 

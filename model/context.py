@@ -1,0 +1,36 @@
+"""What every layer of one forward shares: worked out once, passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sieve.kernels.nsa.layout import CompressedSlots, Packing
+from sieve.model.config import AttentionConfig, ModelConfig
+from sieve.model.rope import rotation
+
+
+@dataclass(frozen=True)
+class Context:
+    """packing: where the documents lie. rotation: cos and sin at the tokens' positions, fp32 [T, 1, Dqk // 2].
+    slots: where compressed blocks lie; slot_rotation: cos and sin at their first tokens, fp32 [C, 1, Dqk // 2]; both
+        None where no layer compresses. collect: whether layers report their health.
+    """
+
+    packing: Packing
+    rotation: tuple[Tensor, Tensor]
+    slots: CompressedSlots | None
+    slot_rotation: tuple[Tensor, Tensor] | None
+    collect: bool = False
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: ModelConfig, attention: AttentionConfig, packing: Packing, collect: bool = False) -> Context:
+        slots = slot_rotation = None
+        if "nsa" in attention.layer_types(model.num_layers):
+            slots = CompressedSlots.of(packing, attention.kernel_size, attention.kernel_stride)
+            if attention.compressed_rope:
+                slot_rotation = rotation(slots.position, model.rope, model.head_dim_qk)
+        return cls(packing, rotation(packing.position, model.rope, model.head_dim_qk), slots, slot_rotation, collect)

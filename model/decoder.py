@@ -1,0 +1,128 @@
+"""The language model: embedding, layers, norm, head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sieve.kernels.nsa.layout import Packing
+from sieve.model.block import Block
+from sieve.model.config import AttentionConfig, ModelConfig
+from sieve.model.context import Context
+from sieve.model.head import Head
+from sieve.model.loss import IGNORE, LossConfig
+from sieve.model.norm import RMSNorm
+
+Checkpointing = Literal["none", "block"]
+
+
+class DecoderOutput(NamedTuple):
+    """loss_sum: fp32 scalar, what is differentiated: cross entropy and z-loss summed over labelled tokens, plus the
+        layers' auxiliary losses times the count of labelled tokens; divide by the labelled tokens of the global batch.
+    ce_sum: fp32 scalar, the cross entropy's part of it, detached.
+    token_loss: fp32 [B, S], cross entropy of each token in nats, 0 where unlabelled; None unless asked for.
+    expert_load: by layer, fp32 [E], how many of the tokens each expert got.
+    health: with collect, fp32 scalars `nsa/layer_NN/<name of sieve.model.health>`; else empty.
+    """
+
+    loss_sum: Tensor
+    ce_sum: Tensor
+    token_loss: Tensor | None
+    expert_load: dict[int, Tensor]
+    health: dict[str, Tensor]
+
+
+class Decoder(nn.Module):
+    """A decoder over packed documents. Its weights have no meaning (partly NaN) until sieve.model.init.initialize.
+
+    Raises ValueError when attention.layers does not fit the number of layers.
+    """
+
+    def __init__(
+        self, model: ModelConfig, attention: AttentionConfig, vocab_size: int, loss: LossConfig | None = None
+    ) -> None:
+        super().__init__()
+        if vocab_size < 1:
+            raise ValueError(f"vocab_size={vocab_size} must be at least 1; it is the tokenizer's")
+        self.config, self.attention_config, self.vocab_size = model, attention, vocab_size
+        self.checkpointing: Checkpointing = "none"
+        self.embed = nn.Embedding(vocab_size, model.hidden_size)
+        self.layers = nn.ModuleList(Block(model, attention, i) for i in range(model.num_layers))
+        self.norm = RMSNorm(model.hidden_size, model.norm_eps)
+        self.head = Head(model.hidden_size, vocab_size, loss or LossConfig())
+        self._tie()
+
+    def _tie(self) -> None:
+        if self.config.tie_embeddings:
+            self.head.weight = self.embed.weight
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Decoder:
+        super()._apply(fn, recurse)
+        self._tie()  # leaving the meta device replaces parameters one by one
+        return self
+
+    def set_activation_checkpointing(self, mode: Checkpointing) -> None:
+        """ "block": keep only each layer's input in training and compute the layer again in the backward."""
+        if mode not in get_args(Checkpointing):
+            raise ValueError(f"activation checkpointing {mode!r} is not one of {', '.join(get_args(Checkpointing))}")
+        self.checkpointing = mode
+
+    def forward(
+        self, tokens: Tensor, labels: Tensor, packing: Packing, *, collect: bool = False, per_token: bool = False
+    ) -> DecoderOutput:
+        """tokens, labels int64 [B, S] (label -100 = none); packing lays out their B * S tokens, row after row.
+
+        collect: fill `health`. per_token: fill `token_loss`.
+        """
+        x, reports = self._hidden(tokens, packing, collect)
+        labels = labels.flatten()
+        loss, ce, token = self.head(x, labels, per_token)
+        penalties = [report["aux_loss"] for report in reports if "aux_loss" in report]
+        if penalties:
+            loss = loss + torch.stack(penalties).sum() * (labels != IGNORE).sum()
+        return DecoderOutput(
+            loss_sum=loss,
+            ce_sum=ce.detach(),
+            token_loss=None if token is None else token.view_as(tokens),
+            expert_load={i: report["load"] for i, report in enumerate(reports) if "load" in report},
+            health={
+                f"nsa/layer_{i:02d}/{name}": value
+                for i, report in enumerate(reports) for name, value in report.get("health", {}).items()
+            },
+        )
+
+    def logits(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """Next-token logits [B, S, vocab] of tokens int64 [B, S]; in full, so for tests and short texts."""
+        x, _ = self._hidden(tokens, packing, collect=False)
+        return self.head(x).view(*tokens.shape, -1)
+
+    def _hidden(self, tokens: Tensor, packing: Packing, collect: bool) -> tuple[Tensor, list[dict]]:
+        if packing.total_tokens != tokens.numel():
+            raise ValueError(
+                f"packing lays out {packing.total_tokens} tokens, tokens {list(tokens.shape)} has {tokens.numel()}"
+            )
+        context = Context.of(self.config, self.attention_config, packing, collect)
+        x = self.embed(tokens.flatten())  # [T, hidden]
+        again = self.checkpointing == "block" and torch.is_grad_enabled()
+        reports = []
+        for layer in self.layers:
+            if again:  # nothing is random, so no generator's state is kept
+                x, report = checkpoint(layer, x, context=context, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x, report = layer(x, context=context)
+            reports.append(report)
+        return self.norm(x), reports
+
+    def update_router_bias(self, load: dict[int, Tensor]) -> None:
+        """One balancing step (arXiv 2408.15664) after an optimizer step: load[layer] fp32 [E] of the global batch.
+
+        Does nothing for models that do not balance by bias.
+        """
+        if self.config.moe is None or self.config.moe.balance != "bias":
+            return
+        for index, tokens in load.items():
+            self.layers[index].mlp.router.update_bias(tokens)

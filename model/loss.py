@@ -1,0 +1,133 @@
+"""Cross entropy straight from the last hidden states: logits exist for one chunk of tokens at a time."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import logging
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sieve.model.config import Config
+
+IGNORE = -100
+
+logger = logging.getLogger(__name__)
+
+
+class LossConfig(Config):
+    """z_loss: coefficient of the squared log-partition (PaLM, arXiv 2204.02311, section 5), added per labelled token.
+
+    impl: "torch" (any device) or "liger" (liger-kernel's fused Triton kernels, CUDA only); "auto" prefers liger.
+    """
+
+    z_loss: float = Field(0.0, ge=0)
+    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (impl torch; liger has its own)")
+    impl: Literal["auto", "torch", "liger"] = "auto"
+
+
+class LossSums(NamedTuple):
+    """loss: fp32 scalar, what is differentiated: cross entropy and z-loss, summed over labelled tokens.
+    ce: fp32 scalar, the cross entropy's part, detached. token: fp32 [T], each token's cross entropy in nats, 0 where
+    unlabelled, detached; None unless asked for.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    token: Tensor | None
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, labels: Tensor, config: LossConfig, per_token: bool = False
+) -> LossSums:
+    """x [T, hidden], weight [vocab, hidden], labels int64 [T] (-100 = none) -> sums in fp32, whatever x's dtype."""
+    if resolve_impl(config.impl, x.device) == "liger":
+        return _liger(x, weight, labels, config, per_token)
+    if torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    loss, token = _LinearCrossEntropy.apply(x, weight, labels, config.z_loss, config.chunk_size, wants_grad)
+    return LossSums(loss, token.sum(), token if per_token else None)
+
+
+def resolve_impl(impl: str, device: torch.device) -> Literal["torch", "liger"]:
+    """Which implementation runs; "auto" logs its choice once. ValueError when liger is asked for and cannot be had."""
+    if impl == "torch":
+        return "torch"
+    reason = None
+    if device.type != "cuda":
+        reason = f"the tensors are on {device.type}"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        reason = "the package liger-kernel is not installed"
+    if impl == "liger" and reason is not None:
+        raise ValueError(f"loss.impl='liger' cannot be had: {reason}; use loss.impl='torch' or 'auto'")
+    if impl == "auto":
+        _log_once("cross entropy: liger" if reason is None else f"cross entropy: torch by chunks, since {reason}")
+    return "liger" if reason is None else "torch"
+
+
+@functools.cache
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is worked out beside the loss, while a chunk's logits exist, and only scaled in the backward: the
+    loss is a scalar, so the chain rule allows it, and no logits are computed twice. What lives on between forward and
+    backward is a gradient the size of x and one, in fp32, the size of weight.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, weight: Tensor, labels: Tensor, z_loss: float, chunk: int, wants_grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        token = x.new_empty(x.shape[0], dtype=wide)
+        penalty = x.new_zeros((), dtype=wide)
+        grad_x = torch.empty_like(x) if wants_grad else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wants_grad else None
+        for start in range(0, x.shape[0], chunk):
+            rows = slice(start, start + chunk)
+            kept = (labels[rows] != IGNORE).to(wide)[:, None]
+            label = labels[rows].clamp(min=0)[:, None]
+            logits = (x[rows] @ weight.mT).to(wide)  # [chunk, vocab]
+            top = logits.amax(-1, keepdim=True)
+            own = logits.gather(-1, label)
+            total = logits.sub_(top).exp_().sum(-1, keepdim=True)
+            lse = total.log().add_(top)
+            token[rows] = ((lse - own) * kept).squeeze(-1)
+            penalty += (lse.square() * kept).sum()
+            if wants_grad:
+                # d/dlogits (ce + z * lse^2) = (1 + 2 z lse) softmax - [label]
+                logits.mul_((1 + 2 * z_loss * lse) * kept / total).scatter_add_(-1, label, -kept)
+                slope = logits.to(x.dtype)
+                torch.matmul(slope, weight, out=grad_x[rows])
+                if slope.dtype == wide:
+                    grad_weight.addmm_(slope.mT, x[rows])
+                else:
+                    grad_weight += slope.mT @ x[rows]
+        ctx.save_for_backward(grad_x, grad_weight)
+        ctx.dtype = weight.dtype
+        ctx.mark_non_differentiable(token)
+        return token.sum() + z_loss * penalty, token
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x, grad_weight = ctx.saved_tensors
+        return (grad_x * grad).to(grad_x.dtype), (grad_weight * grad).to(ctx.dtype), None, None, None, None
+
+
+def _liger(x: Tensor, weight: Tensor, labels: Tensor, config: LossConfig, per_token: bool) -> LossSums:
+    """With per_token liger computes the logits once more in the backward, since its tokens could be weighed apart."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    result = liger_fused_linear_cross_entropy(
+        x, weight, labels, ignore_index=IGNORE, lse_square_scale=config.z_loss, return_z_loss=True,
+        reduction="none" if per_token else "sum", accum_dtype=torch.float32,
+    )
+    ce = (result.loss - result.z_loss).detach()  # its loss contains the z-loss
+    return LossSums(result.loss.sum(), ce.sum(), ce if per_token else None)

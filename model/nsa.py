@@ -1,0 +1,102 @@
+"""The Native Sparse Attention layer (arXiv 2502.11089): projections, compression, gates; the attention is a kernel."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sieve.kernels.nsa.api import nsa_attention
+from sieve.kernels.nsa.geometry import Geometry
+from sieve.kernels.nsa.layout import CompressedSlots
+from sieve.kernels.nsa.phi import PhiWeights, compress
+from sieve.model.config import AttentionConfig, ModelConfig
+from sieve.model.context import Context
+from sieve.model.health import nsa_health
+from sieve.model.norm import RMSNorm
+from sieve.model.rope import attention_scale, rotate
+
+
+class Phi(nn.Module):
+    """Equation 7's learned map from a block's kernel_size tokens to one, shared by a layer's KV heads.
+
+    x [T, Hkv, D] -> [C, Hkv, D] in slots. The position embedding inside the block makes a bias of the first layer
+    superfluous; the output needs none, since a shift of all keys moves no softmax and values pass o_proj.
+    """
+
+    def __init__(self, config: AttentionConfig, head_dim: int) -> None:
+        super().__init__()
+        self.kind, self.geometry = config.phi, config.geometry()
+        fan_in, hidden = config.kernel_size * head_dim, config.phi_hidden or 2 * head_dim
+        if self.kind != "mean":  # values: see sieve.model.init
+            self.position = nn.Parameter(torch.full((config.kernel_size, head_dim), math.nan))
+            self.w_in = nn.Parameter(torch.full((hidden if self.kind == "mlp" else head_dim, fan_in), math.nan))
+        if self.kind == "mlp":
+            self.w_out = nn.Parameter(torch.full((head_dim, hidden), math.nan))
+
+    def forward(self, x: Tensor, slots: CompressedSlots) -> Tensor:
+        position, w_in, w_out = (getattr(self, name, None) for name in ("position", "w_in", "w_out"))
+        return compress(x, slots, self.geometry, PhiWeights(self.kind, position=position, w_in=w_in, w_out=w_out))
+
+
+class NSA(nn.Module):
+    """Compression, selection and window branches, mixed by a sigmoid gate per head and token.
+
+    x [T, hidden] -> [T, hidden] and, when the context collects, {"health": six scalars of sieve.model.health}.
+    The selection branch's keys and values are `k_proj` and `v_proj`, the names they have in full attention, so that a
+    twin starts from the same weights; with share_kv the other branches read them too. phi sees keys before RoPE (and
+    before QK-norm, which is applied to its result); a compressed key is rotated at its block's first token.
+    """
+
+    def __init__(self, model: ModelConfig, config: AttentionConfig) -> None:
+        super().__init__()
+        hidden, heads, groups = model.hidden_size, model.num_heads, model.num_kv_heads
+        dim_qk, dim_v = model.head_dim_qk, model.head_dim_v
+        self.heads, self.groups, self.impl, self.share_kv = heads, groups, config.impl, config.share_kv
+        self.geometry: Geometry = config.geometry()
+        self.scale = attention_scale(model.rope, dim_qk)
+        self.q_proj = nn.Linear(hidden, heads * dim_qk, bias=False)
+        self.k_proj = nn.Linear(hidden, groups * dim_qk, bias=False)
+        self.v_proj = nn.Linear(hidden, groups * dim_v, bias=False)
+        if not self.share_kv:
+            self.k_cmp_proj = nn.Linear(hidden, groups * dim_qk, bias=False)
+            self.v_cmp_proj = nn.Linear(hidden, groups * dim_v, bias=False)
+            self.k_win_proj = nn.Linear(hidden, groups * dim_qk, bias=False)
+            self.v_win_proj = nn.Linear(hidden, groups * dim_v, bias=False)
+        self.k_phi, self.v_phi = Phi(config, dim_qk), Phi(config, dim_v)
+        self.gate = nn.Linear(hidden, 3 * heads, bias=False)
+        self.o_proj = nn.Linear(heads * dim_v, hidden, bias=False)
+
+        def norm() -> nn.Module:
+            return RMSNorm(dim_qk, model.norm_eps) if config.qk_norm else nn.Identity()
+
+        self.q_norm, self.k_norm, self.k_cmp_norm = norm(), norm(), norm()
+        if not self.share_kv:
+            self.k_win_norm = norm()
+
+    def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, dict]:
+        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))), context.rotation)
+        k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))
+        k_slc = rotate(self.k_norm(k), context.rotation)
+        if self.share_kv:
+            k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
+        else:
+            k_cmp, v_cmp = self._split(self.k_cmp_proj(x)), self._split(self.v_cmp_proj(x))
+            k_win = rotate(self.k_win_norm(self._split(self.k_win_proj(x))), context.rotation)
+            v_win = self._split(self.v_win_proj(x))
+        k_cmp = self.k_cmp_norm(self.k_phi(k_cmp, context.slots))  # [C, Hkv, Dqk]
+        if context.slot_rotation is not None:
+            k_cmp = rotate(k_cmp, context.slot_rotation)
+        v_cmp = self.v_phi(v_cmp, context.slots)
+        gates = self.gate(x).sigmoid().unflatten(-1, (self.heads, 3))
+        out, indices = nsa_attention(
+            q, k_cmp, v_cmp, k_slc, v, k_win, v_win, gates, context.packing, self.geometry,
+            scale=self.scale, impl=self.impl,
+        )
+        aux = {"health": nsa_health(gates, indices, context.packing, self.geometry)} if context.collect else {}
+        return self.o_proj(out.flatten(1)), aux
+
+    def _split(self, x: Tensor) -> Tensor:
+        """[T, Hkv * D] -> [T, Hkv, D]."""
+        return x.unflatten(-1, (self.groups, -1))

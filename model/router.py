@@ -1,0 +1,78 @@
+"""Which experts a token visits: scores in fp32, top-k, and the bias that balances without an auxiliary loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sieve.model.config import MoEConfig
+
+
+class Routes(NamedTuple):
+    """experts: int64 [T, k], the score's order, best first. weights: fp32 [T, k], what their outputs are multiplied by.
+    load: fp32 [E], how many tokens each expert got (detached). aux_loss: fp32 scalar (coefficient applied), or None.
+    """
+
+    experts: Tensor
+    weights: Tensor
+    load: Tensor
+    aux_loss: Tensor | None
+
+
+class Router(nn.Module):
+    """Scores of x [T, hidden] in fp32, whatever the module's dtype; ties go to the lower expert.
+
+    balance="bias" (arXiv 2408.15664): an expert is chosen by score + bias and weighed by its score alone; `update_bias`
+    moves the bias of busy experts down, of idle ones up. The bias is a buffer that stays fp32 when the module is cast.
+    """
+
+    bias: Tensor
+
+    def __init__(self, hidden: int, config: MoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.full((config.num_experts, hidden), math.nan))  # see sieve.model.init
+        self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> Router:
+        kept = self.bias
+        super()._apply(fn, recurse)
+        if self.bias.dtype != torch.float32:  # a cast: steps of 1e-3 would be lost in half precision
+            self.bias = kept.to(self.bias.device)
+        return self
+
+    def forward(self, x: Tensor) -> Routes:
+        config = self.config
+        with torch.autocast(x.device.type, enabled=False):
+            logits = nn.functional.linear(x.float(), self.weight.float())  # [T, E]
+        scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
+        wanted = scores.detach() + self.bias if config.balance == "bias" else scores.detach()
+        # A stable sort and not topk, which promises no order among equals.
+        experts = wanted.sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k]
+        weights = scores.gather(-1, experts)
+        if config.normalize_top_k:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        ones = torch.ones((), dtype=torch.int64, device=x.device).expand(experts.numel())
+        load = torch.zeros(config.num_experts, dtype=torch.int64, device=x.device)
+        load = load.scatter_add_(0, experts.flatten(), ones).float()
+        return Routes(experts, weights * config.routed_scale, load, self._aux_loss(scores, load))
+
+    def _aux_loss(self, scores: Tensor, load: Tensor) -> Tensor | None:
+        """aux_coef * E * sum of (share of the routes) * (mean normalised score): 1 * aux_coef when balanced.
+
+        arXiv 2101.03961, equation 4, over all tokens of the micro-batch.
+        """
+        if self.config.balance != "aux":
+            return None
+        share = scores if self.config.score == "softmax" else scores / scores.sum(-1, keepdim=True)
+        return self.config.aux_coef * self.config.num_experts * (load / load.sum() * share.mean(0)).sum()
+
+    @torch.no_grad()
+    def update_bias(self, load: Tensor) -> None:
+        """One step of arXiv 2408.15664, algorithm 1: load [E] tokens per expert, of a whole global batch."""
+        load = load.to(self.bias)
+        self.bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
