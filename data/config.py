@@ -1,0 +1,89 @@
+"""Which text to train on and how to cut it into tokens: frozen, validated settings, with every default of data."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+# Installed packages hold hundreds of megabytes, most of them not worth the wait of a first start.
+DEFAULTS_OF_TYPE = {
+    "python": {"min_bytes": 256, "max_bytes": 24_000_000, "validation_fraction": 0.02},
+    "files": {"name": "files"},
+}
+
+
+class Config(BaseModel):
+    """Base of every settings model: immutable, and an unknown key is an error that names the closest known one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            for key in values:
+                if key not in cls.model_fields:
+                    near = difflib.get_close_matches(str(key), cls.model_fields, n=1)
+                    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(cls.model_fields)}"
+                    raise ValueError(f"{cls.__name__} has no key {key!r}; {hint}")
+        return values
+
+
+class DataConfig(Config):
+    """A source of documents and its split into training and validation text.
+
+    `type="python"` needs nothing: it reads the Python sources of the running interpreter and its packages.
+    `type="files"` reads `paths`: files, folders or globs of text, JSON lines (plain, .gz, .zst) and parquet.
+    Byte counts are of UTF-8 text, uncompressed. Without `validation_paths`, every k-th document is for validation,
+    k = 1 / validation_fraction; of a source that is one document, its last part.
+    """
+
+    name: str = "python"
+    type: Literal["python", "files"] = "python"
+    paths: tuple[str, ...] = Field((), description="files, folders (searched to the bottom) or globs; files only")
+    validation_paths: tuple[str, ...] = Field((), description="as paths; empty: a part of paths")
+    validation_fraction: float = Field(0.01, gt=0, le=0.5, description="0.02 if python")
+    format: Literal["auto", "text", "jsonl", "parquet"] = Field("auto", description="auto: by each file's name")
+    text_field: str = Field("text", min_length=1, description="of a JSON line or a parquet row")
+    min_bytes: int = Field(1, ge=1, description="shorter documents are left out; 256 if python")
+    max_bytes: int | None = Field(None, gt=0, description="stop after this much text; null: no limit; 24 MB if python")
+    max_broken: int = Field(100, ge=0, description="undecodable documents to skip before giving up")
+    threads: int | None = Field(None, gt=0, description="for tokenisation; null: the cores this process may use")
+    cache_dir: str | None = Field(None, description="null: $XDG_CACHE_HOME/sieve or ~/.cache/sieve")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_type(cls, values: Any) -> Any:
+        if isinstance(values, dict):
+            return {**DEFAULTS_OF_TYPE.get(values.get("type", "python"), {}), **values}
+        return values
+
+    @field_validator("paths", "validation_paths", mode="before")
+    @classmethod
+    def _one_path(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else () if value is None else value
+
+    @model_validator(mode="after")
+    def _paths_belong_to_files(self) -> DataConfig:
+        given = [key for key in ("paths", "validation_paths") if getattr(self, key)]
+        if self.type == "python" and given:
+            raise ValueError(f"data.{given[0]} is given, but data.type=python reads no files; choose data=files")
+        return self
+
+
+class TokenizerConfig(Config):
+    """SentencePiece BPE with byte fallback: trained at first use, or loaded from `path`, which then fixes everything.
+
+    `sample_bytes`: how much training text it learns from. `character_coverage`: the share of the sample's characters
+    that get a piece of their own; the rest is spelt in bytes, so that no text is ever unknown.
+    """
+
+    name: str = "bpe4k"
+    path: str | None = Field(None, description="a SentencePiece .model file; null: train one")
+    vocab_size: int = Field(4096, gt=260, description="of a trained one; 260 are bytes and special tokens")
+    sample_bytes: int = Field(8_000_000, gt=0)
+    character_coverage: float = Field(0.9995, gt=0, le=1)
+    split_digits: bool = True
+    max_piece_length: int = Field(16, gt=0)
