@@ -1,0 +1,90 @@
+"""Run directories as training would leave them, without training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from sieve.train.distributed import Place
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """make_run(name, ...) writes runs/name with `steps` logged steps of `tokens` tokens each; returns its directory.
+
+    The loss is shared noise (one draw a step, the same for every run) on 3 + 5/sqrt(step), plus `offset`.
+    """
+
+    def make(
+        name: str, *, steps: int = 40, tokens: int = 1000, offset: float = 0.0, step_seconds: float = 1.0,
+        flops: float | None = 1e6, tag: str = "h", every: int = 1, config: dict | None = None,
+        environment: dict | None = None,
+    ) -> Path:
+        directory = tmp_path / "runs" / name
+        directory.mkdir(parents=True)
+        noise = np.random.default_rng(0).normal(0, 0.1, steps + 1)
+        rows = []
+        for step in range(every, steps + 1, every):
+            rows.append({
+                "step": step, "tokens": step * tokens,
+                "train/loss": 3 + 5 / step**0.5 + float(noise[step]) + offset,
+                "perf/tokens_per_second": tokens / step_seconds * (0.1 if step == every else 1.0),
+                "perf/step_seconds": step_seconds, "perf/peak_memory_bytes": 2**30,
+                "data/tokens_hash": f"{tag}{step}", "data/epoch": 0,
+            })
+            if step % 20 == 0:
+                rows[-1]["eval/loss"] = 3.5 + offset
+        (directory / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = {
+            "name": name, "seed": 0, "steps": steps, "seq_len": 100, "global_batch": 10, "data": {"type": "python"},
+        }
+        (directory / "config.yaml").write_text(yaml.safe_dump(settings | (config or {})))
+        command = ["sieve", "train", f"name={name}"]
+        facts = {"device": "cpu", "command": command, "parameters": {"total": 5000, "active": 4000}}
+        if flops is not None:
+            facts["flops_per_token"] = {"attention": 0.4 * flops, "mlp": 0.6 * flops}
+        (directory / "environment.json").write_text(json.dumps(facts | (environment or {})))
+        return directory
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Overrides for a model and a text of toy size, with one MoE layer and NSA that has something to choose; the
+    text's tokens are shared by all tests. To be completed by runs_dir, steps and what is tested."""
+    folder = tmp_path_factory.mktemp("text")
+    random = np.random.default_rng(0)
+    words = ["".join(random.choice(list("abcdefghijklmnop"), size=size)) for size in random.integers(2, 8, 300)]
+    for number, length in enumerate(random.integers(20, 400, 60)):
+        (folder / f"{number:02d}.txt").write_text(" ".join(random.choice(words, size=length)) + "\n")
+    return [
+        "data=files", f"data.paths=['{folder}']", "data.validation_fraction=0.1",
+        f"data.cache_dir={tmp_path_factory.mktemp('cache')}", "tokenizer.vocab_size=300", "model.num_layers=2",
+        "model.hidden_size=32", "model.num_heads=4", "model.head_dim_qk=8", "model.head_dim_v=8",
+        "model.intermediate_size=48", "model.moe.num_experts=4", "model.moe.expert_size=16", "seq_len=64",
+        "global_batch=4", "micro_batch=2", "attention.kernel_size=8", "attention.kernel_stride=4",
+        "attention.block_size=8", "attention.topk=4", "attention.window_size=16", "optim.lr=1e-2", "device=cpu",
+        "logger=none", "eval.every=3", "eval.rows=4", "log.every=1", "checkpoint.every=2",
+    ]
+
+
+@pytest.fixture
+def one_rank() -> Iterator[Place]:
+    """This process as the only one, on one CPU thread, with the process group open until the last test is over.
+
+    DeepSpeed keeps groups of its first start for good, so that a second process group would not fit them.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    place = Place(0, 1, 0, torch.device("cpu"))
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield place
+    torch.set_num_threads(threads)

@@ -1,0 +1,105 @@
+import json
+
+import numpy as np
+import pytest
+
+from sieve.train.comparison import Curve, compare, smooth
+from sieve.train.rundir import RunFiles
+
+
+def read(directory) -> RunFiles:
+    return RunFiles.read(directory)
+
+
+def test_smooth_keeps_a_straight_line_also_at_its_ends() -> None:
+    x = np.arange(1.0, 101.0)
+    at = np.array([1.0, 50.5, 100.0])
+    np.testing.assert_allclose(smooth(x, 7 - 0.03 * x, at), 7 - 0.03 * at, rtol=1e-12)
+
+
+def test_smooth_is_linear_takes_noise_out_and_skips_nan() -> None:
+    generator = np.random.default_rng(0)
+    x, a, b = np.arange(1.0, 301.0), generator.normal(size=300), generator.normal(size=300)
+    at = np.array([250.0, 300.0])
+    np.testing.assert_allclose(smooth(x, a, at) - smooth(x, b, at), smooth(x, a - b, at), atol=1e-12)
+    assert abs(smooth(x, a, at)[0]) < 0.35
+    a[299] = np.nan
+    assert np.isfinite(smooth(x, a, at)).all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_smooth_of_very_few_points(count: int) -> None:
+    x = np.arange(1.0, count + 1)
+    np.testing.assert_allclose(smooth(x, 2 * x, x[-1:]), 2 * x[-1:], rtol=1e-6)
+
+
+def test_seconds_and_flops_are_cumulative_also_when_few_steps_are_logged(make_run) -> None:
+    curve = Curve.of(read(make_run("a", steps=40, every=10, step_seconds=0.5, flops=2e6)))
+    np.testing.assert_allclose(curve.seconds, [5, 10, 15, 20])
+    np.testing.assert_allclose(curve.flops, np.array([10, 20, 30, 40]) * 1000 * 2e6)
+
+
+def test_twins_differ_by_the_offset_whatever_the_noise(make_run) -> None:
+    result = compare(read(make_run("nsa", offset=0.25)), read(make_run("full")))
+    assert result.at_equal_tokens.amount == 40_000
+    assert result.at_equal_tokens.gap == pytest.approx(0.25, abs=1e-9)
+    assert result.gap_std == pytest.approx(0.0, abs=1e-9)
+    assert result.evaluation.run - result.evaluation.baseline == pytest.approx(0.25)
+    assert result.same_tokens is True and result.matched_steps == 40 and result.notes == ()
+
+
+def test_equal_seconds_takes_the_slow_run_at_its_end_and_the_fast_one_earlier(make_run) -> None:
+    slow, fast = read(make_run("slow", step_seconds=2.0, steps=400)), read(make_run("fast", steps=400))
+    at = compare(slow, fast).at_equal_seconds
+    assert at.amount == pytest.approx(400.0)
+    assert at.run == pytest.approx(3 + 5 / 200**0.5, abs=0.1)  # the slow one has done 200 steps by then
+    assert at.baseline == pytest.approx(3 + 5 / 400**0.5, abs=0.1)
+    assert at.gap > 0.03
+
+
+def test_equal_flops_favours_the_cheaper_model(make_run) -> None:
+    cheap, dear = read(make_run("cheap", flops=1e6, steps=400)), read(make_run("dear", flops=4e6, steps=400))
+    at = compare(cheap, dear).at_equal_flops
+    assert at.amount == pytest.approx(400 * 1000 * 1e6)
+    assert at.baseline == pytest.approx(3 + 5 / 100**0.5, abs=0.1) and at.gap < -0.1
+
+
+def test_ratios(make_run) -> None:
+    result = compare(read(make_run("nsa", step_seconds=0.5, flops=5e5)), read(make_run("full")))
+    assert result.tokens_per_second.ratio == pytest.approx(2.0)
+    assert result.flops_per_token.ratio == pytest.approx(0.5)
+    assert result.parameters.ratio == 1.0 and result.peak_memory_bytes.ratio == 1.0
+    assert result.mfu.run is None and result.mfu.ratio is None
+
+
+def test_different_tokens_are_told(make_run) -> None:
+    result = compare(read(make_run("a", tag="x")), read(make_run("b")))
+    assert result.same_tokens is False and result.first_difference_tokens == 1000
+    assert "DIFFERENT tokens" in result.notes[0]
+
+
+def test_a_shorter_run_is_compared_at_its_end_and_told(make_run) -> None:
+    result = compare(read(make_run("short", steps=25)), read(make_run("long")))
+    assert result.at_equal_tokens.amount == 25_000 and result.evaluation_tokens == 20_000
+    assert any("differ in length" in note for note in result.notes)
+    assert any("steps (25 against 40)" in note for note in result.notes)
+
+
+def test_an_unfinished_run_and_other_hardware_are_told(make_run) -> None:
+    stopped = read(make_run("stopped", config={"steps": 90}))
+    other = read(make_run("other", config={"steps": 90}, environment={"gpu": "NVIDIA H200", "device": "cuda"}))
+    notes = compare(stopped, other).notes
+    assert any("stopped is not finished: 40 of 90 steps" in note for note in notes)
+    assert any("hardware differs (gpu: None against NVIDIA H200)" in note for note in notes)
+
+
+def test_no_common_token_counts(make_run) -> None:
+    result = compare(read(make_run("a", tokens=999)), read(make_run("b")))
+    assert result.same_tokens is None and result.matched_steps == 0 and result.gap_std is None
+    assert any("same token count" in note for note in result.notes)
+
+
+def test_all_of_it_is_json(make_run) -> None:
+    result = compare(read(make_run("a", flops=None)), read(make_run("b")))
+    assert result.at_equal_flops is None
+    assert json.loads(json.dumps(result.as_json()))["at_equal_tokens"]["gap"] == result.at_equal_tokens.gap

@@ -1,0 +1,156 @@
+"""A run that is stopped and goes on has the losses, to the bit, of a run that was never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from sieve.train import loop
+from sieve.train.checkpoint import checkpoints
+from sieve.train.overrides import load_config
+from sieve.train.run import main, run
+
+STEPS = 7
+
+
+def rows(directory: Path) -> list[dict]:
+    """The metrics, one row a step, without what depends on the clock."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == sorted({line["step"] for line in lines}), "a step stands there twice"
+    return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+
+class Crash(Exception):
+    """Stands for kill -9 inside one process: nothing is saved."""
+
+
+def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Let the training step `step` end in a Crash after the weights have changed."""
+    original = loop.train_step
+
+    def failing(run, *rest):
+        record = original(run, *rest)
+        if run.step == step:
+            raise Crash
+        return record
+
+    monkeypatch.setattr(loop, "train_step", failing)
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    """Send this process SIGTERM during the training step `step`."""
+    original = loop.train_step
+
+    def signalled(run, *rest):
+        if run.step + 1 == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(run, *rest)
+
+    monkeypatch.setattr(loop, "train_step", signalled)
+
+
+@pytest.mark.parametrize("settings", [
+    ["attention=nsa"],
+    ["attention=nsa", "dtype=bf16"],
+    ["attention=full", "zero=0"],
+    ["attention=full", "dtype=bf16", "zero=2"],
+    ["attention=[full,nsa]", "dtype=bf16", "zero=3", "activation_checkpointing=block"],
+], ids=" ".join)
+def test_two_stops_change_nothing(settings, tiny_text, one_rank, tmp_path, monkeypatch):
+    def config(name: str):
+        return load_config([*tiny_text, *settings, f"steps={STEPS}", f"runs_dir={tmp_path}", f"name={name}"])
+
+    assert run(config("whole")) == 0
+    with monkeypatch.context() as patch:
+        crash_at(patch, 4)  # checkpoints are made at steps 2 and 4: this is just before the second
+        with pytest.raises(Crash):
+            run(config("stopped"))
+    assert list(checkpoints(tmp_path / "stopped")) == [2]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 3)  # an evaluation is due at this step
+        assert run(config("stopped")) == 0
+    assert list(checkpoints(tmp_path / "stopped")) == [2, 3]
+    assert run(config("stopped")) == 0
+    whole, stopped = rows(tmp_path / "whole"), rows(tmp_path / "stopped")
+    assert len(whole) == STEPS and whole == stopped
+    assert len({row["train/loss"] for row in whole}) == STEPS and whole[-1]["train/loss"] < whole[0]["train/loss"]
+
+
+def test_a_finished_run_says_so_and_can_be_made_longer(tiny_text, one_rank, tmp_path, capsys):
+    command = [*tiny_text, f"runs_dir={tmp_path}", "name=run", "attention=full", "schedule.decay=0"]
+    assert main([*command, "steps=3"]) == 0
+    before = rows(tmp_path / "run")
+    assert main([*command, "steps=3"]) == 0
+    assert "is complete: step 3 of 3" in capsys.readouterr().err
+    assert main([*command, "steps=5"]) == 0
+    after = rows(tmp_path / "run")
+    assert after[:3] == before and [row["step"] for row in after] == [1, 2, 3, 4, 5]
+
+
+def test_other_settings_do_not_go_on_from_a_checkpoint(tiny_text, one_rank, tmp_path, capsys):
+    command = [*tiny_text, f"runs_dir={tmp_path}", "name=run", "attention=full", "steps=2"]
+    assert main(command) == 0
+    assert main([*command, "steps=4", "seed=3", "optim.lr=0.5"]) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr=0.5 (was 0.01)" in message and "seed=3 (was 0)" in message and "resume=never" in message
+    assert "Traceback" not in message
+    assert main([*command, "steps=4", "log.every=2", "data.threads=1"]) == 0
+
+
+def test_resume_by_step_never_and_path(tiny_text, one_rank, tmp_path, capsys):
+    command = [*tiny_text, f"runs_dir={tmp_path}", "attention=full", "steps=5", "eval=none", "checkpoint.keep=9"]
+    assert main([*command, "name=run"]) == 0
+    whole = rows(tmp_path / "run")
+    assert main([*command, "name=run", "resume=2"]) == 0
+    assert rows(tmp_path / "run") == whole
+    assert {p.name for p in (tmp_path / "run" / "checkpoints").glob("superseded-*")} == {
+        "superseded-step-00000004", "superseded-step-00000005",
+    }
+    assert main([*command, "name=run", "resume=3"]) == 2
+    assert "resume=3: " in (message := capsys.readouterr().err) and "it has 2, 4, 5" in message
+
+    source = tmp_path / "run" / "checkpoints" / "step-00000004"
+    assert main([*command, "name=fork", f"resume={source}"]) == 0
+    assert rows(tmp_path / "fork") == whole[4:]
+    assert main([*command, "name=fork", f"resume={tmp_path}/run"]) == 2
+    assert f"did you mean {tmp_path}/run/checkpoints/step-00000005?" in capsys.readouterr().err
+
+    assert main([*command, "name=run", "resume=never"]) == 0
+    assert rows(tmp_path / "run") == whole == rows(tmp_path / "run.1")
+
+
+@pytest.mark.slow
+def test_kill_9_and_sigint_in_processes_of_their_own(tiny_text, tmp_path):
+    def command(name: str) -> list[str]:
+        return [
+            sys.executable, "-m", "sieve.train", *tiny_text, "attention=nsa", "dtype=bf16", "steps=30",
+            f"runs_dir={tmp_path}", f"name={name}",
+        ]
+
+    def interrupt(name: str, number: int, at: int) -> subprocess.Popen:
+        metrics = tmp_path / name / "metrics.jsonl"
+        process = subprocess.Popen(command(name), env=environment, stderr=subprocess.PIPE, text=True)
+        deadline = time.monotonic() + 300
+        while process.poll() is None and time.monotonic() < deadline:
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= at:
+                process.send_signal(number)
+                break
+            time.sleep(0.01)
+        return process
+
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(command("whole"), env=environment, check=True)
+    assert interrupt("killed", signal.SIGKILL, 9).wait(300) == -signal.SIGKILL
+    stopped = interrupt("killed", signal.SIGINT, 15)
+    message = stopped.communicate(timeout=300)[1]
+    assert stopped.returncode == 0 and "the same command goes on from there" in message
+    assert len(rows(tmp_path / "killed")) < 30
+    subprocess.run(command("killed"), env=environment, check=True)
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")

@@ -1,0 +1,141 @@
+"""From a config to a run that can start: the one place where the parts meet."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from sieve.data.loader import RowLoader, validation_batches
+from sieve.data.prepare import Stores, build_stores
+from sieve.eval.perplexity import PositionLoss, token_bytes
+from sieve.model.decoder import Decoder
+from sieve.model.init import initial_value, initialize
+from sieve.train import checkpoint
+from sieve.train.callbacks.baseline import BaselineCallback, resolve_baseline
+from sieve.train.callbacks.callback import Callback, Callbacks
+from sieve.train.callbacks.checkpoint import Checkpoint
+from sieve.train.callbacks.console import Console
+from sieve.train.callbacks.evaluate import Evaluate
+from sieve.train.callbacks.health import Health
+from sieve.train.callbacks.jsonl import Jsonl
+from sieve.train.callbacks.speed import Speed
+from sieve.train.callbacks.wandb import Wandb
+from sieve.train.config import RunConfig
+from sieve.train.distributed import Place, sum_over_ranks
+from sieve.train.engine import Engine
+from sieve.train.environment import environment
+from sieve.train.optim import adamw
+from sieve.train.state import RunState
+from sieve.train.zero import deepspeed_config
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything the loop needs."""
+
+    run: RunState
+    engine: Engine
+    loader: RowLoader
+    callbacks: Callback
+
+
+def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Training:
+    """Read the text, make the model, load `start` if there is one, and write what describes the run into its folder.
+
+    ValueError where the config asks for something that this machine or the text cannot give.
+    """
+    baseline = None if config.baseline is None else resolve_baseline(config.baseline, config.runs_dir, config.directory)
+    stores = build_stores(config.data, config.tokenizer)
+    module = build_model(config, place.device, stores.tokenizer.vocab_size)
+    zero = deepspeed_config(
+        config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=config.global_batch,
+        micro_batch=config.micro_batch, world_size=place.world_size,
+    )
+    facts = environment(config, place, stores.tokenizer.vocab_size)
+    if place.rank == 0:
+        describe(config, zero, facts)
+    engine = Engine(
+        module, adamw(module, config.optim, place.device), zero, place, clip=config.optim.clip,
+        initial=partial(initial_value, config=config.model, seed=config.seed),
+    )
+    run = RunState(
+        config, config.directory, place.rank, place.world_size, config.total_steps, facts["flops_per_token"]
+    )
+    if start is not None:
+        checkpoint.restore(start, run, engine)
+    loader = RowLoader(
+        stores.train, seq_len=config.seq_len, global_batch=config.global_batch, micro_batch=config.micro_batch,
+        rank=place.rank, world_size=place.world_size, seed=config.seed, state=run.data,
+    )
+    listeners = Callbacks([
+        Speed(place.device, sum(facts["flops_per_token"].values()), facts["dense_flops_per_token"]),
+        Health(),
+        *([] if baseline is None else [BaselineCallback(baseline, mismatch=config.baseline_mismatch)]),
+        Jsonl(),
+        Wandb(config.logger),
+        Console(),
+    ])
+    return Training(run, engine, loader, Callbacks([
+        listeners,
+        Evaluate(config.eval, evaluation(config, place, stores, engine), listeners),
+        Checkpoint(config.checkpoint, partial(checkpoint.save, engine=engine, keep=config.checkpoint.keep), listeners),
+    ]))
+
+
+def build_model(config: RunConfig, device: torch.device, vocab_size: int) -> Decoder:
+    """The model on `device`, in fp32, with its initial weights; on the meta device without any."""
+    with torch.device(device):
+        module = Decoder(config.model, config.attention, vocab_size, config.loss)
+    module.set_activation_checkpointing(config.activation_checkpointing)
+    if device.type != "meta":
+        initialize(module, config.seed)
+    return module
+
+
+def describe(config: RunConfig, zero: dict[str, Any], facts: dict[str, Any]) -> None:
+    """config.yaml, deepspeed.json and environment.json in the run's folder."""
+    folder = config.directory
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / "config.yaml", yaml.safe_dump(config.dump(), sort_keys=False))
+    _write(folder / "deepspeed.json", json.dumps(zero, indent=1) + "\n")
+    _write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
+
+
+def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine) -> Any:
+    """A function that measures the loss on the validation text: always the same rows, spread over the ranks.
+
+    ValueError already here when that text has not one row.
+    """
+    bytes_of = token_bytes(stores.tokenizer.model).to(place.device)
+    batches = partial(
+        validation_batches, stores.validation, config.seq_len, config.micro_batch, config.eval.rows,
+        rank=place.rank, world_size=place.world_size,
+    )
+    if config.eval.every:
+        batches()
+
+    def evaluate() -> dict[str, float]:
+        total = PositionLoss(config.seq_len, bytes_of)
+        for batch in batches():
+            batch = batch.to(place.device)
+            token_loss, packing = engine.evaluate(batch)
+            total.add(token_loss, batch.labels, packing.position)
+        sum_over_ranks(total.sums)
+        return total.metrics()
+
+    return evaluate
+
+
+def _write(path: Path, text: str) -> None:
+    partial_path = path.with_name(f".{path.name}.tmp")
+    partial_path.write_text(text, encoding="utf-8")
+    partial_path.replace(path)

@@ -1,0 +1,208 @@
+"""Two runs side by side, in numbers: loss at equal tokens, equal FLOPs and equal seconds, speed, memory, size."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy import ndarray
+
+from sieve.train.baseline import steady
+from sieve.train.rundir import RunFiles, differences
+
+# Settings that may differ between twins without a word: what is compared, and what does not touch the weights.
+_INCIDENTAL = ("attention.", "name", "runs_dir", "baseline", "resume", "logger.", "log.", "checkpoint.", "eval.")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training loss of a run (nats), a point a logged step: tokens seen, training seconds and FLOPs spent until then.
+
+    seconds counts training steps, compilation included, without evaluations and checkpoints. None where not logged.
+    """
+
+    tokens: ndarray
+    loss: ndarray
+    seconds: ndarray | None
+    flops: ndarray | None
+
+    @classmethod
+    def of(cls, run: RunFiles) -> Curve:
+        rows = [row for row in run.rows if "train/loss" in row and "tokens" in row]
+        tokens = np.array([row["tokens"] for row in rows], dtype=float)
+        steps = np.array([row["step"] for row in rows], dtype=float)
+        seconds = None
+        if all("perf/step_seconds" in row for row in rows):
+            seconds = np.cumsum(np.array([row["perf/step_seconds"] for row in rows]) * np.diff(steps, prepend=0.0))
+        parts = run.environment.get("flops_per_token")
+        flops = tokens * sum(parts.values()) if parts else None
+        return cls(tokens, np.array([row["train/loss"] for row in rows], dtype=float), seconds, flops)
+
+    def smoothed(self, at: ndarray, spent: ndarray) -> ndarray:
+        """The loss where `spent` (tokens, seconds or flops of this curve) is `at`. Smoothed over tokens in any case, so
+        that one point of a run has one loss, whatever it is looked up by."""
+        return smooth(self.tokens, self.loss, np.interp(at, spent, self.tokens))
+
+
+def smooth(x: ndarray, y: ndarray, at: ndarray) -> ndarray:
+    """y at `at`: a straight line fitted to the points within a fifth of `at` around it (the nine nearest at least).
+
+    Local regression (Cleveland 1979, tricube weights): unlike a running mean it does not lag behind a falling loss, at
+    the end neither; and it is linear in y, so that the difference of two fits is the fit of the differences. The window
+    grows with x because a loss falls with the logarithm of what was spent.
+    """
+    finite = np.isfinite(y)
+    x, y = x[finite], y[finite]
+    if len(x) == 0:
+        return np.full(len(at), np.nan)
+    result = np.empty(len(at))
+    for index, point in enumerate(at):
+        distance = np.abs(x - point)
+        near = min(len(x), max(9, int(np.count_nonzero(distance <= 0.2 * abs(point)))))
+        chosen = np.argpartition(distance, near - 1)[:near]
+        reach = distance[chosen].max() * 1.0001 or 1.0  # the farthest keeps a little weight, so that two points suffice
+        weight = (1 - (distance[chosen] / reach) ** 3) ** 3
+        dx, values = x[chosen] - point, y[chosen]
+        mean_x, mean_y = np.average(dx, weights=weight), np.average(values, weights=weight)
+        variance = np.average((dx - mean_x) ** 2, weights=weight)
+        slope = np.average((dx - mean_x) * (values - mean_y), weights=weight) / variance if variance > 0 else 0.0
+        result[index] = mean_y - slope * mean_x
+    return result
+
+
+@dataclass(frozen=True)
+class At:
+    """Smoothed training losses where both have spent `amount` (tokens, FLOPs or seconds); gap is run - baseline."""
+
+    amount: float
+    run: float
+    baseline: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One number of each run; None where a run did not log it."""
+
+    run: float | None
+    baseline: float | None
+
+    @property
+    def ratio(self) -> float | None:
+        return self.run / self.baseline if self.run is not None and self.baseline else None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All numbers of the report. same_tokens: None when no step was logged at the same token count by both runs.
+
+    gap_std: standard deviation of the gap between single steps over the last fifth of the matched ones.
+    evaluation: validation losses at the last token count evaluated in both runs.
+    """
+
+    same_tokens: bool | None
+    matched_steps: int
+    first_difference_tokens: int | None
+    tokens: Pair
+    final_loss: Pair
+    evaluation: Pair
+    evaluation_tokens: int | None
+    at_equal_tokens: At
+    gap_std: float | None
+    at_equal_flops: At | None
+    at_equal_seconds: At | None
+    tokens_per_second: Pair
+    seconds: Pair
+    flops_per_token: Pair
+    mfu: Pair
+    peak_memory_bytes: Pair
+    parameters: Pair
+    active_parameters: Pair
+    notes: tuple[str, ...]
+
+    def as_json(self) -> dict[str, object]:
+        return asdict(self)
+
+
+def compare(run: RunFiles, baseline: RunFiles) -> Comparison:
+    """Every number of the comparison, and notes on what makes it less than one between twins."""
+    ours, theirs = Curve.of(run), Curve.of(baseline)
+    by_tokens = {int(row["tokens"]): row for row in baseline.rows if "tokens" in row}
+    matched = [(row, by_tokens[int(row["tokens"])]) for row in run.rows if row.get("tokens") in by_tokens]
+    hashed = [(a, b) for a, b in matched if "data/tokens_hash" in a and "data/tokens_hash" in b]
+    different = [int(a["tokens"]) for a, b in hashed if a["data/tokens_hash"] != b["data/tokens_hash"]]
+    evaluated = [(a, b) for a, b in matched if "eval/loss" in a and "eval/loss" in b]
+    gaps = [a["train/loss"] - b["train/loss"] for a, b in matched if "train/loss" in a and "train/loss" in b]
+    tail = gaps[-max(2, len(gaps) // 5):]
+    parameters = [r.environment.get("parameters") or {} for r in (run, baseline)]
+    return Comparison(
+        same_tokens=not different if hashed else None,
+        matched_steps=len(gaps),
+        first_difference_tokens=different[0] if different else None,
+        tokens=Pair(float(ours.tokens[-1]), float(theirs.tokens[-1])),
+        final_loss=Pair(*(float(c.smoothed(c.tokens[-1:], c.tokens)[0]) for c in (ours, theirs))),
+        evaluation=Pair(*(row["eval/loss"] for row in evaluated[-1])) if evaluated else Pair(None, None),
+        evaluation_tokens=int(evaluated[-1][0]["tokens"]) if evaluated else None,
+        at_equal_tokens=_at(ours, theirs, "tokens"),
+        gap_std=float(np.std(tail)) if len(tail) > 1 else None,
+        at_equal_flops=_at(ours, theirs, "flops"),
+        at_equal_seconds=_at(ours, theirs, "seconds"),
+        tokens_per_second=Pair(*(steady(r.rows, "perf/tokens_per_second") for r in (run, baseline))),
+        seconds=Pair(*(None if c.seconds is None else float(c.seconds[-1]) for c in (ours, theirs))),
+        flops_per_token=Pair(*(None if c.flops is None else float(c.flops[-1] / c.tokens[-1]) for c in (ours, theirs))),
+        mfu=Pair(*(steady(r.rows, "perf/mfu") for r in (run, baseline))),
+        peak_memory_bytes=Pair(*(_most(r, "perf/peak_memory_bytes") for r in (run, baseline))),
+        parameters=Pair(*(p.get("total") for p in parameters)),
+        active_parameters=Pair(*(p.get("active") for p in parameters)),
+        notes=tuple(_notes(run, baseline, ours, theirs, len(gaps), hashed, different)),
+    )
+
+
+def _at(ours: Curve, theirs: Curve, unit: str) -> At | None:
+    """Both losses where the run that spent less of `unit` ends; None when either did not log it."""
+    x, other = getattr(ours, unit), getattr(theirs, unit)
+    if x is None or other is None:
+        return None
+    amount = min(x[-1], other[-1])
+    run, baseline = (float(c.smoothed(np.array([amount]), spent)[0]) for spent, c in ((x, ours), (other, theirs)))
+    return At(float(amount), run, baseline, run - baseline)
+
+
+def _most(run: RunFiles, key: str) -> float | None:
+    return max((row[key] for row in run.rows if key in row), default=None)
+
+
+def _notes(
+    run: RunFiles, baseline: RunFiles, ours: Curve, theirs: Curve, matched: int, hashed: list, different: list[int]
+) -> list[str]:
+    """Sentences a reader must know before believing the numbers; empty between true twins of equal length."""
+    notes = []
+    if different:
+        notes.append(
+            f"The runs read DIFFERENT tokens (data/tokens_hash differs from {different[0]:,} tokens on): "
+            "the loss gaps compare different data."
+        )
+    elif not hashed:
+        notes.append("No common step has data/tokens_hash in both runs: nothing shows that they read the same tokens.")
+    if not matched:
+        notes.append("No step was logged at the same token count by both runs; the gap is between the smoothed curves.")
+    if ours.tokens[-1] != theirs.tokens[-1]:
+        notes.append(
+            f"The runs differ in length: {run.name} has {ours.tokens[-1]:,.0f} tokens, {baseline.name} "
+            f"{theirs.tokens[-1]:,.0f}; gaps are taken where the shorter one ends, and a learning-rate schedule that "
+            "has not come to its end there counts against the longer one."
+        )
+    for each in (run, baseline):
+        for unit, key in (("steps", "step"), ("tokens", "tokens")):
+            wanted, done = each.config.get(unit), each.rows[-1].get(key, 0)
+            if isinstance(wanted, int) and done < wanted:
+                notes.append(f"{each.name} is not finished: {done:,} of {wanted:,} {unit}.")
+    others = {k: v for k, v in differences(run.config, baseline.config).items() if not k.startswith(_INCIDENTAL)}
+    if run.config and baseline.config and others:
+        listed = ", ".join(f"{key} ({a} against {b})" for key, (a, b) in others.items())
+        notes.append(f"Other settings than the attention differ: {listed}.")
+    for key in ("gpu", "device", "world_size", "cpu_count"):
+        pair = [r.environment.get(key) for r in (run, baseline)]
+        if pair[0] != pair[1]:
+            notes.append(f"The hardware differs ({key}: {pair[0]} against {pair[1]}): throughput is not comparable.")
+    return notes

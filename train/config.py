@@ -1,0 +1,142 @@
+"""One training run, described. Hydra composes the settings (sieve.train.overrides); here they are checked."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from sieve.data.config import DataConfig, TokenizerConfig
+from sieve.model.config import AttentionConfig, Config, ModelConfig
+from sieve.model.loss import LossConfig
+from sieve.train.callbacks.checkpoint import CheckpointConfig
+from sieve.train.callbacks.evaluate import EvalConfig
+from sieve.train.callbacks.wandb import LoggerConfig
+from sieve.train.optim import OptimConfig
+from sieve.train.schedule import ScheduleConfig, steps_of
+from sieve.train.zero import ZeroConfig
+
+
+class LogConfig(Config):
+    every: int = Field(10, gt=0, description="steps from one line of metrics.jsonl to the next; the last step has one")
+
+
+class RunConfig(Config):
+    """What `sieve train` takes. Sizes of batches are in rows (sequences) of seq_len tokens."""
+
+    name: str | None = Field(None, description="the run's folder under runs_dir; null: MODEL-ATTENTION-DATA")
+    runs_dir: str = Field("runs", min_length=1)
+    steps: int | None = Field(None, gt=0, description="optimizer steps; null: as tokens says, or 1000")
+    tokens: int | None = Field(None, gt=0, description="instead of steps: tokens to train on, rounded up to a step")
+    seq_len: int = Field(1024, gt=0, description="tokens of a row")
+    global_batch: int = Field(8, gt=0, description="rows of a step, all processes together")
+    micro_batch: int = Field(1, gt=0, description="rows that a process computes at once")
+    seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of documents")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; bf16 keeps fp32 master weights")
+    activation_checkpointing: Literal["none", "block"] = Field("none", description="block: recompute in the backward")
+    resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
+    baseline: str | None = Field(None, description="a run to compare with while training: its folder or name")
+    baseline_mismatch: Literal["refuse", "mark"] = Field("refuse", description="when the baseline read other tokens")
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+    loss: LossConfig = LossConfig()
+    model: ModelConfig
+    attention: AttentionConfig = AttentionConfig()
+    data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    zero: ZeroConfig = ZeroConfig()
+    logger: LoggerConfig = LoggerConfig()
+
+    @field_validator("resume", mode="before")
+    @classmethod
+    def _step_as_text(cls, value: Any) -> Any:
+        return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("name")
+    @classmethod
+    def _one_folder(cls, value: str | None) -> str | None:
+        if value is not None and (not value or value.startswith(".") or "/" in value):
+            raise ValueError("must be a folder's name, with no '/' and not beginning with '.'; runs_dir says where")
+        return value
+
+    @model_validator(mode="after")
+    def _steps_or_tokens(self) -> RunConfig:
+        if self.steps is not None and self.tokens is not None:
+            raise ValueError(
+                f"steps={self.steps} and tokens={self.tokens} are both given; set one of them to null"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _batch_multiplies_up(self) -> RunConfig:
+        if self.global_batch % self.micro_batch:
+            allowed = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
+            raise ValueError(
+                f"global_batch={self.global_batch} is not divisible by micro_batch={self.micro_batch}; "
+                f"micro_batch may be one of {', '.join(map(str, allowed))}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _precision_has_masters(self) -> RunConfig:
+        if self.dtype == "bf16" and self.zero.stage == 0:
+            raise ValueError(
+                "dtype=bf16 with zero.stage=0 keeps no fp32 master weights; choose zero=1, 2 or 3, also for one "
+                "process, or dtype=fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_fits(self) -> RunConfig:
+        types = self.attention.layer_types(self.model.num_layers)
+        if "nsa" in types and self.seq_len < self.attention.kernel_size:
+            raise ValueError(
+                f"seq_len={self.seq_len} is less than attention.kernel_size={self.attention.kernel_size}, so no row "
+                f"has a compressed block; choose seq_len >= {self.attention.kernel_size}, or a smaller kernel_size"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> RunConfig:
+        if steps_of(self.schedule.warmup, self.total_steps) > self.total_steps:
+            raise ValueError(
+                f"schedule.warmup={self.schedule.warmup:g} steps is more than the run's {self.total_steps}; "
+                "give fewer, or a share of the run below 1"
+            )
+        return self
+
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> RunConfig:
+        """The validated config, its name filled in, so that the same command always means the same run."""
+        config = cls.model_validate(tree)
+        if config.name is not None:
+            return config
+        attention = "+".join(config.attention.layers or (config.attention.type,))
+        name = f"{config.model.name}-{attention}-{config.data.name}".replace("/", "-")
+        return config.model_copy(update={"name": name})
+
+    @property
+    def directory(self) -> Path:
+        """Of the run: where its metrics and checkpoints lie."""
+        return Path(self.runs_dir) / str(self.name)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.global_batch * self.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        """The run's length: `steps`, else as many as `tokens` take, else 1000."""
+        if self.tokens is not None:
+            return math.ceil(self.tokens / self.tokens_per_step)
+        return self.steps if self.steps is not None else 1000
+
+    def dump(self) -> dict[str, Any]:
+        """All of it in JSON's types, as config.yaml and the checkpoints hold it."""
+        return self.model_dump(mode="json")

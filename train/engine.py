@@ -1,0 +1,122 @@
+"""DeepSpeed, behind the four calls that training needs. No other file imports it."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sieve.data.packing import Batch
+from sieve.kernels.nsa.layout import Packing
+from sieve.model.decoder import Decoder, DecoderOutput
+from sieve.train.distributed import Place
+
+
+class Engine:
+    """A Decoder under ZeRO: forward, backward and update, saving and loading.
+
+    module: in fp32, on any device; it moves to place.device and, in bf16, is cast there. optimizer: over its
+        parameters. config: of sieve.train.zero.deepspeed_config. clip: largest gradient norm, 0 for none.
+    initial: the fp32 values of the parameter of a name and shape, to which bf16 training sets its master weights.
+        DeepSpeed would take them from the parameters after rounding them to bf16.
+    """
+
+    def __init__(
+        self, module: Decoder, optimizer: torch.optim.Optimizer, config: dict[str, Any], place: Place, *,
+        clip: float, initial: Callable[[str, torch.Size], Tensor],
+    ) -> None:
+        self.module = module
+        self._stage, self._clip, self._place = config["zero_optimization"]["stage"], clip, place
+        deepspeed = _import_deepspeed(place)
+        with _quiet():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if config["bf16"]["enabled"]:
+            self._set_masters(initial)
+
+    def _set_masters(self, initial: Callable[[str, torch.Size], Tensor]) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        for name, parameter in self.module.named_parameters():
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
+            safe_set_full_fp32_param(parameter, initial(name, shape).to(self._place.device))
+
+    def forward(self, batch: Batch, *, collect: bool = False) -> DecoderOutput:
+        """The training forward of a batch on place.device. Every rank has to call it as often as the others."""
+        packing = Packing.of(batch.cu_seqlens, batch.tokens.numel(), batch.max_seqlen)
+        return self._engine(batch.tokens, batch.labels, packing, collect=collect)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[Tensor, Packing]:
+        """token_loss [B, S] of the batch (see DecoderOutput), and its packing."""
+        packing = Packing.of(batch.cu_seqlens, batch.tokens.numel(), batch.max_seqlen)
+        self.module.eval()
+        out = self.module(batch.tokens, batch.labels, packing, per_token=True)
+        self.module.train()
+        return out.token_loss, packing
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's `loss`. They are those of the sum over micro-batches and ranks: whoever
+        wants a mean divides by the count of the whole global batch."""
+        # DeepSpeed averages over ranks, and over micro-batches unless told not to.
+        self._engine.backward(loss * self._place.world_size, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # after every micro-batch, or it loses count
+
+    def update(self, lr: float) -> Tensor:
+        """One optimizer step after the last micro-batch; the gradient norm before clipping, a scalar."""
+        if not self._engine.is_gradient_accumulation_boundary():
+            raise RuntimeError("update() before the last micro-batch of a global batch has had its backward()")
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        if self._stage:
+            self._engine.step()
+            return torch.as_tensor(self._engine.get_global_grad_norm())
+        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip or float("inf"))
+        self._engine.step()
+        return norm
+
+    def save(self, directory: Path) -> None:
+        """Write parameters and optimizer state into `directory`, whose parent exists; all ranks together."""
+        with _quiet():
+            self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+
+    def load(self, directory: Path) -> None:
+        """Read what `save` wrote, on as many ranks and at the same stage. Once, before the first step."""
+        with _quiet():
+            self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+
+    def close(self) -> None:
+        """Let go of hooks and buffers."""
+        self._engine.destroy()
+
+
+def _import_deepspeed(place: Place) -> Any:
+    if place.device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # or it looks for one, and says so
+    # What a launcher would have set. It reads them whenever it likes; without RANK at the start it asks for mpi4py.
+    for name, value in (("RANK", place.rank), ("LOCAL_RANK", place.local_rank), ("WORLD_SIZE", place.world_size)):
+        os.environ.setdefault(name, str(value))
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if place.device.type == "cpu":
+        # Its shared-memory op is compiled with g++ for a minute at first use and gains nothing here.
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+    warnings.filterwarnings("ignore", ".*(reduce_scatter_tensor|all_gather_into_tensor).*", FutureWarning)
+    return deepspeed
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """It prints memory statistics and file names."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,181 @@
+"""`sieve train`: one training run, from its overrides to its last checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sieve.train.checkpoint import Saved
+    from sieve.train.config import RunConfig
+    from sieve.train.distributed import Place
+
+log = logging.getLogger(__name__)
+
+USAGE = """\
+usage: sieve train [KEY=VALUE | GROUP=CHOICE ...] [--cfg job] [--help]
+
+Pretrain a decoder. The same command goes on where the run was stopped. Under torchrun, each process is a rank.
+
+  sieve train                                           the defaults: a tiny model with NSA on Python sources
+  sieve train attention=full steps=200 name=baseline    GROUP=CHOICE picks a YAML file, KEY=VALUE sets one value
+  sieve train attention='[full,nsa]' baseline=baseline  full attention and NSA in turn, compared with another run
+  sieve train --cfg job dtype=bf16                      print the whole configuration and end
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command: 0 when the run is finished or stopped by a signal, 2 for a user's mistake, 1 for a failed run."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text(), end="")
+        return 0
+    try:
+        show, overrides = _split(arguments)
+        from sieve.train.overrides import load_config
+
+        config = load_config(overrides)
+        if show:
+            import yaml
+
+            print(yaml.safe_dump(config.dump(), sort_keys=False), end="")
+            return 0
+        return run(config)
+    except ValueError as error:
+        if os.environ.get("SIEVE_TRACEBACK"):
+            traceback.print_exc()
+        for line in str(error).splitlines():
+            print(f"sieve train: {line}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sieve train: interrupted before the first step", file=sys.stderr)
+        return 130
+
+
+def run(config: RunConfig) -> int:
+    """Train as `config` says; see `main` for the exit code. ValueError for what this machine or the text rule out."""
+    from sieve.train import distributed
+
+    place = distributed.Place.of(config.device)
+    _log_to_stderr(logging.INFO if place.rank == 0 else logging.ERROR)
+    _check_batch(config, place.world_size)
+    alone = _only_process(config.directory) if place.rank == 0 else contextlib.nullcontext()
+    with alone, distributed.process_group(place):
+        start = distributed.from_rank_0(_start(config, place) if place.rank == 0 else None)
+        if isinstance(start, ValueError):
+            raise start
+        if start is not None and start.step >= config.total_steps:
+            log.info(
+                "%s is complete: step %d of %d; more with steps=, another run with name=, anew with resume=never",
+                config.directory, start.step, config.total_steps,
+            )
+            return 0
+        return _train(config, place, start)
+
+
+def _train(config: RunConfig, place: Place, start: Saved | None) -> int:
+    from sieve.train.build import build
+    from sieve.train.loop import NonFiniteLoss, train
+    from sieve.train.signals import StopSignal
+
+    if place.device.type == "cuda" and config.dtype == "fp32":
+        log.info("dtype=fp32 computes without TF32; dtype=bf16 is several times faster and keeps fp32 master weights")
+    training = build(config, place, start)
+    steps = training.run.total_steps
+    if start is not None:
+        log.info("going on from %s: step %d of %d", start.path, start.step, steps)
+    try:
+        with StopSignal() as stop:
+            status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
+    except NonFiniteLoss as error:
+        print(f"sieve train: {error}", file=sys.stderr)
+        return 1
+    finally:
+        training.engine.close()
+    if status == "stopped":
+        log.info("stopped at step %d of %d and saved; the same command goes on from there", training.run.step, steps)
+    return 0
+
+
+def _start(config: RunConfig, place: Place) -> Saved | ValueError | None:
+    """Where to begin, the folder made ready for it; an error is returned, since other ranks wait for an answer."""
+    from sieve.train import checkpoint
+
+    try:
+        start = checkpoint.find(config.directory, config.resume)
+        if start is not None:
+            checkpoint.check_fits(start, config, place.world_size)
+    except ValueError as error:
+        return error
+    if start is None or start.step < config.total_steps:
+        checkpoint.tidy(config.directory, start)
+    return start
+
+
+def _check_batch(config: RunConfig, world_size: int) -> None:
+    group = config.micro_batch * world_size
+    if config.global_batch % group:
+        raise ValueError(
+            f"global_batch={config.global_batch} is not divisible by micro_batch={config.micro_batch} times "
+            f"{world_size} processes; choose a multiple of {group}, or a smaller micro_batch"
+        )
+
+
+@contextlib.contextmanager
+def _only_process(directory: Path) -> Iterator[None]:
+    """Held while a run writes to `directory`: two would mix their files. The system frees it with the process."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with (directory.parent / f".{directory.name}.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"{directory} is in use by another process; wait for it, or give name=...") from error
+        yield
+
+
+class _Stderr(logging.Handler):
+    """Plain lines on whatever sys.stderr is at the time: a progress bar replaces it to stay below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _log_to_stderr(level: int) -> None:
+    logger = logging.getLogger("sieve")
+    logger.setLevel(level)
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        logger.addHandler(_Stderr())
+
+
+def _split(arguments: Sequence[str]) -> tuple[bool, list[str]]:
+    """Whether --cfg job is given, and the rest. ValueError for another --cfg."""
+    rest = list(arguments)
+    if "--cfg" not in rest:
+        return False, rest
+    at = rest.index("--cfg")
+    if rest[at + 1 : at + 2] != ["job"]:
+        raise ValueError(f"--cfg {' '.join(rest[at + 1 : at + 2])}: only --cfg job is there")
+    return True, rest[:at] + rest[at + 2 :]
+
+
+def help_text() -> str:
+    """Usage, then every group with its choices and every key with its default, as they are at this moment."""
+    from sieve.train.config import RunConfig
+    from sieve.train.overrides import config_groups
+    from sieve.train.schema import keys, shown
+
+    lines = [USAGE, "Groups:"]
+    lines += [f"  {group + '=':13} {' | '.join(choices)}" for group, choices in config_groups().items()]
+    lines += ["", "Keys, with their defaults (a group's choice may set others):"]
+    for key in keys(RunConfig):
+        text = f"  {key.path}={shown(key.default)}"
+        about = f"{key.kind}; {key.description}" if key.description else key.kind
+        lines.append(f"{text:44} {about}" if len(text) < 44 else f"{text}\n{'':44} {about}")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,101 @@
+"""The keys that a config of nested pydantic models takes, each with its type, default and meaning."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+
+@dataclass(frozen=True)
+class Key:
+    """path: dotted. kind: what may be given, in words. default: of pydantic, PydanticUndefined where there is none."""
+
+    path: str
+    kind: str
+    default: Any
+    description: str
+
+
+def keys(model: type[BaseModel], prefix: str = "") -> Iterator[Key]:
+    """Every leaf under `model`, depth first, in the order of definition; an optional part counts by its own keys."""
+    for name, field in model.model_fields.items():
+        part = submodel(field.annotation)
+        if part is not None:
+            yield from keys(part, f"{prefix}{name}.")
+        else:
+            default = field.get_default(call_default_factory=True)
+            yield Key(prefix + name, _kind(field.annotation), default, field.description or "")
+
+
+def submodel(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field of this type holds, also when it may be None; None for a plain value."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    found = [submodel(part) for part in get_args(annotation)] if _is_union(annotation) else []
+    return next((part for part in found if part is not None), None)
+
+
+def unknown_keys(model: type[BaseModel], tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of `tree`, with their values, that `model` and its parts do not have."""
+    for name, value in tree.items():
+        field: FieldInfo | None = model.model_fields.get(name)
+        if field is None:
+            yield f"{prefix}{name}", value
+            continue
+        part = submodel(field.annotation)
+        if part is not None and isinstance(value, dict):
+            yield from unknown_keys(part, value, f"{prefix}{name}.")
+
+
+def closest_key(model: type[BaseModel], path: str) -> str | None:
+    """The key that `path` was probably meant to be: one that ends in the same name, else the most similar one."""
+    known: dict[str, None] = {}
+    for key in keys(model):
+        names = key.path.split(".")
+        known |= {".".join(names[:count]): None for count in range(1, len(names) + 1)}
+    last = path.rpartition(".")[2]
+    same = [key for key in known if key.rpartition(".")[2] == last]
+    near = difflib.get_close_matches(path, same, n=1, cutoff=0) or difflib.get_close_matches(path, known, n=1)
+    if near:
+        return near[0]
+    ends = {key.rpartition(".")[2]: key for key in reversed(known)}
+    return next((ends[end] for end in difflib.get_close_matches(last, ends, n=1, cutoff=0.7)), None)
+
+
+def _is_union(annotation: Any) -> bool:
+    return get_origin(annotation) in (Union, types.UnionType)
+
+
+def _kind(annotation: Any) -> str:
+    if annotation is type(None):
+        return "null"
+    if _is_union(annotation):
+        return "|".join(_kind(part) for part in get_args(annotation))
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        parts = get_args(annotation)
+        return f"[{_kind(parts[0])}, ...]" if parts[-1] is ... else f"[{', '.join(map(_kind, parts))}]"
+    return {str: "text", bool: "true|false"}.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def shown(value: Any) -> str:
+    """A value as one would type it."""
+    if value is PydanticUndefined:
+        return "(required)"
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return f"[{','.join(map(shown, value))}]"
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{shown(item)}" for key, item in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
