@@ -1,4 +1,4 @@
-"""Attention over a few queries and many keys with an explicit mask: the one piece of arithmetic of the torch references."""
+"""Attention of a few queries over many keys with an explicit mask: the arithmetic of the torch references."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tu
         # With no key at all there is nothing to take the largest of.
         top = s.amax(-1, keepdim=True) if s.shape[-1] else s.new_full((*s.shape[:-1], 1), -math.inf)
         some = top > -math.inf
-    # A row of -inf alone would make softmax NaN, and its backward too: show such a row everything, then drop its output.
+    # A row of nothing but -inf would make softmax and its backward NaN: give it zeros, then drop its output.
     p = torch.softmax(torch.where(some, s, 0.0), -1)
     o = (p.view(B * K, G * n, -1) @ v.reshape(B * K, -1, v.shape[-1])).view(B, K, G, n, -1)
     with torch.no_grad():

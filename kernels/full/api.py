@@ -25,7 +25,7 @@ def _log_once(message: str) -> None:
 
 
 def resolve_impl(impl: Impl, q: Tensor, v: Tensor, window: int | None) -> Literal["varlen", "sdpa", "reference"]:
-    """Which implementation runs; "auto" logs its choice once. ValueError when a named one cannot serve the arguments."""
+    """Which implementation runs; "auto" logs its choice once. ValueError when a named one cannot serve."""
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
     if impl == "reference":
@@ -78,9 +78,9 @@ def attention(
     """Causal attention by document: q [T, H, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv] -> [T, H, Dv] in q's dtype.
 
     Query head h reads KV head h // (H // Hkv). window: keep the keys (t - window, t], the query's own included; None
-    keeps all. "auto" takes varlen (FlashAttention) on CUDA in half precision, else SDPA by document, and for windows on
-    CUDA in other precisions the chunked reference. Raises ValueError on shapes, dtypes or devices that do not fit together, and on an impl that
-    cannot serve them.
+    keeps all. "auto" takes varlen (FlashAttention) on CUDA in half precision, else SDPA by document, but the chunked
+    reference for windows on CUDA. Raises ValueError on shapes, dtypes or devices that do not fit together, and on an
+    impl that cannot serve them.
     """
     _check(q, k, v, packing, window)
     chosen = resolve_impl(impl, q, v, window)

@@ -1,4 +1,4 @@
-"""Causal and sliding-window attention through torch's scaled_dot_product_attention, a padded batch of documents at a time.
+"""Causal and sliding-window attention through scaled_dot_product_attention, a padded batch of documents at a time.
 
 On a CPU it is several times faster than dense scores: its kernels keep scores in cache and never store them.
 """

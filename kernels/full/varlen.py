@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +28,17 @@ def why_not_varlen(q: Tensor, v: Tensor) -> str | None:
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, *, scale: float
 ) -> Tensor:
-    """q [T, H, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv], half precision on CUDA -> [T, H, Dv]. Does not wait for the device."""
+    """q [T, H, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv], half precision on CUDA -> [T, H, Dv]. Does not sync."""
     from torch.nn.attention.varlen import varlen_attn
 
     Dqk, Dv = q.shape[2], v.shape[2]
     size = -(-max(Dqk, Dv) // 8) * 8
     # One head size, a multiple of 8; zeros change neither scores nor outputs.
     q, k, v = (F.pad(x, (0, size - x.shape[2])) if x.shape[2] != size else x for x in (q, k, v))
+    # torch 2.11 takes fewer KV heads as they come; later versions want to be told.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     o = varlen_attn(
         q, k, v, packing.cu_seqlens, packing.cu_seqlens, packing.max_seqlen, packing.max_seqlen, scale=scale,
-        window_size=(-1 if window is None else window - 1, 0), enable_gqa=q.shape[1] != k.shape[1],
+        window_size=(-1 if window is None else window - 1, 0), **grouped,
     )
     return o[..., :Dv]

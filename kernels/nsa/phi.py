@@ -54,7 +54,9 @@ def _check(x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: PhiWe
     for name, shape in wanted.items():
         w = getattr(weights, name)
         if w is not None and tuple(w.shape) != shape:
-            raise ValueError(f"{name} must be {list(shape)} beside x {list(x.shape)} and kernel_size={l}, got {list(w.shape)}")
+            raise ValueError(
+                f"{name} must be {list(shape)} beside x {list(x.shape)} and kernel_size={l}, got {list(w.shape)}"
+            )
 
 
 def _shifted_sum(y: Tensor) -> Tensor:

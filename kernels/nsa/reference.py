@@ -1,4 +1,4 @@
-"""Native Sparse Attention in plain PyTorch: on any device, in any float dtype, the meaning the kernels are tested against.
+"""Native Sparse Attention in plain PyTorch, any device, any float dtype: the meaning the kernels are tested against.
 
 Documents run in padded batches and query chunks with dense masked scores, so that memory grows with tokens times the
 chunk. Half-precision inputs are computed in fp32; fp64 stays fp64. Source: arXiv 2502.11089.
@@ -116,7 +116,7 @@ def select_blocks(
 
 
 def selected_tokens(indices: Tensor, start: int, end: int, geometry: Geometry) -> Tensor:
-    """What the queries at positions [start, end) read: indices [..., end - start, topk] -> bool [..., end - start, end]."""
+    """What queries [start, end) of a document read: their indices [..., n, topk] -> bool [..., n, end]."""
     num_blocks = (end - 1) // geometry.block_size + 1
     # One spare column takes the -1 entries.
     on = torch.zeros(*indices.shape[:-1], num_blocks + 1, dtype=torch.bool, device=indices.device)
@@ -157,7 +157,8 @@ def window_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention over the last window_size tokens of the document, the query's own included.
 
-    q [T, H, Dqk], k_win [T, Hkv, Dqk], v_win [T, Hkv, Dv] -> o [T, H, Dv] in q's dtype, lse [T, H] in fp32 (fp64 for fp64).
+    q [T, H, Dqk], k_win [T, Hkv, Dqk], v_win [T, Hkv, Dv] -> o [T, H, Dv] in q's dtype, lse [T, H] in fp32 (fp64 for
+    fp64).
     """
     return causal_attention(q, k_win, v_win, packing, window_size, scale=scale, chunk=chunk)
 

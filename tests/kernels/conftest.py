@@ -32,7 +32,7 @@ def packed():
 
 @pytest.fixture
 def nsa_inputs(packed):
-    """nsa_inputs(lengths, geometry, ...) -> tensors (the operator's, in order, as leaves), packing, scale, cotangent."""
+    """nsa_inputs(lengths, geometry, ...) -> tensors (the operator's, in order), packing, scale, cotangent."""
 
     def make(lengths, geometry, heads=4, kv_heads=2, dim_qk=6, dim_v=4, dtype=torch.float64, std=1.0, seed=0):
         rng = torch.Generator().manual_seed(seed)

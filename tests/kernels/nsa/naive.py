@@ -1,4 +1,4 @@
-"""NSA written from the paper's equations (arXiv 2502.11089), one query and head at a time: slow, and independent of the code.
+"""NSA written from the paper's equations (arXiv 2502.11089), one query and head at a time: slow, and independent.
 
 Takes what sieve.kernels.nsa.api.nsa_attention takes, but documents as a list of lengths. Use it in float64.
 """
@@ -64,9 +64,9 @@ def compressed(q, k_cmp, v_cmp, lengths, geometry, scale):
                 lses.append(lse)
                 weights.append(p.tolist())
             current = t // geometry.block_size
+            members = [weights[g * group : (g + 1) * group] for g in range(Hkv)]
             scores.append([
-                [sum(importance(w, j, geometry) for w in weights[g * group : (g + 1) * group]) for j in range(current + 1)]
-                for g in range(Hkv)
+                [sum(importance(w, j, geometry) for w in ws) for j in range(current + 1)] for ws in members
             ])
             blocks.append([choose(row, current, geometry) for row in scores[-1]])
         first += length

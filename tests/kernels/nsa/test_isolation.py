@@ -8,10 +8,11 @@ from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import CompressedSlots
 from sieve.kernels.nsa.phi import PhiWeights, compress
 
-GEOMETRY = Geometry(kernel_size=8, kernel_stride=4, block_size=16, topk=4, init_blocks=1, local_blocks=2, window_size=24)
+GEOMETRY = Geometry(8, 4, 16, topk=4, init_blocks=1, local_blocks=2, window_size=24)
 LENGTHS = [37, 0, 1, 300, 38, 36, 64]
 D, HEADS, KV_HEADS = 8, 4, 2
-impls = pytest.mark.parametrize("nsa_attention", [reference.nsa_attention, sdpa.nsa_attention], ids=["reference", "sdpa"])
+IMPLEMENTATIONS = {"reference": reference.nsa_attention, "sdpa": sdpa.nsa_attention}
+impls = pytest.mark.parametrize("nsa_attention", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
 
 @pytest.fixture

@@ -67,8 +67,8 @@ def test_logits_of_a_hundred(naive, nsa_inputs):
         # A weight of nearly 1 on a block that two selection blocks share makes their importance equal but for rounding.
         for t, row in enumerate(blocks):
             for g, b in enumerate(row):
-                assert len(chosen[t][g]) == len(b)
-                assert sum(scores[t][g][j] for j in chosen[t][g]) == pytest.approx(sum(scores[t][g][j] for j in b), abs=1e-9)
+                got_sum, sum_ = (sum(scores[t][g][j] for j in js) for js in (chosen[t][g], b))
+                assert len(chosen[t][g]) == len(b) and got_sum == pytest.approx(sum_, abs=1e-9)
         want, *_ = naive.nsa(*inputs.tensors, lengths, SMALL, inputs.scale, blocks=chosen)
         assert_close(got, [want, *torch.autograd.grad(want, inputs.tensors, inputs.cotangent)])
 
@@ -137,9 +137,8 @@ def test_the_chunk_of_the_fused_selection_only_rounds(nsa_inputs):
     q, kc, _, ks, vs, *_ = (inputs := nsa_inputs([150, 31], SMALL)).tensors
     _, lse = reference.compressed_attention(q, kc, vs[: kc.shape[0]], inputs.packing, SMALL, scale=inputs.scale)
     indices = reference.select_blocks(q, kc, lse, inputs.packing, SMALL, scale=inputs.scale)
-    a, b = (
-        sdpa.selected_attention(q, ks, vs, indices, inputs.packing, SMALL, scale=inputs.scale, chunk=c) for c in (16, 512)
-    )
+    args = (q, ks, vs, indices, inputs.packing, SMALL)
+    a, b = (sdpa.selected_attention(*args, scale=inputs.scale, chunk=c) for c in (16, 512))
     torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
     assert_close(*(torch.autograd.grad(x, (q, ks, vs), inputs.cotangent) for x in (a, b)))
 

@@ -1,0 +1,137 @@
+"""Compression attention (equations 7 and 8), forward: Triton kernel and launcher.
+
+A tile is `rows` (token, head of the KV group) pairs, so that the group's heads share every compressed key that is loaded.
+It walks its documents' slots up to the last its queries see; only the last of them, and tiles that touch several
+documents, need a mask.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sieve.kernels.common.dims import split_dim
+from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, forward_tile, seen_of, slot_descriptors, unit_stride
+from sieve.kernels.nsa.geometry import Geometry
+from sieve.kernels.nsa.layout import Packing
+
+
+@triton.jit
+def _sweep(
+    acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, end, row_end, factor,
+    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Fold the slots [begin, end) into the running softmax; MASKED if some row does not see all of them."""
+    for first in range(begin, end, SLOTS):
+        k0 = k0_desc.load([first, kv_head * (D0 + D1)])
+        s = tl.dot(q0, k0.T, input_precision="ieee")
+        if D1 > 0:
+            k1 = k1_desc.load([first, kv_head * (D0 + D1) + D0])
+            s = tl.dot(q1, k1.T, s, input_precision="ieee")
+        if MASKED:
+            slot = first + tl.arange(0, SLOTS)
+            s = tl.where(slot[None, :] < row_end[:, None], s, float("-inf"))
+        higher = tl.maximum(top, tl.max(s, 1) * factor)
+        # A row that has seen nothing yet: any finite number here keeps its weights at 0 instead of NaN.
+        shift = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+        p = tl.exp2(s * factor - shift[:, None])
+        shrink = tl.exp2(top - shift)
+        total = total * shrink + tl.sum(p, 1)
+        top = higher
+        v0 = v0_desc.load([first, kv_head * (E0 + E1)])
+        p = p.to(v0.dtype)
+        acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
+        if E1 > 0:
+            v1 = v1_desc.load([first, kv_head * (E0 + E1) + E0])
+            acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
+    return acc0, acc1, top, total
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _forward(
+    q_ptr, k0_desc, k1_desc, v0_desc, v1_desc, doc_ptr, position_ptr, cu_ptr, o_ptr, lse_ptr, stride_qt, stride_qh,
+    num_tokens, factor,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr, SLOTS: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = ROWS // GROUP
+    kv_head = tl.program_id(1)
+    # The longest first: late tokens see the most.
+    first_token = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
+    row = tl.arange(0, ROWS)
+    row_ok = (row < TOKENS * GROUP) & (first_token + row // GROUP < num_tokens)
+    token = tl.minimum(first_token + row // GROUP, num_tokens - 1)
+    head = (kv_head * GROUP + row % GROUP).to(tl.int64)
+
+    q_at = q_ptr + (token.to(tl.int64) * stride_qt + head * stride_qh)[:, None]
+    q0 = tl.load(q_at + tl.arange(0, D0)[None, :])
+    q1 = q0
+    if D1 > 0:
+        q1 = tl.load(q_at + D0 + tl.arange(0, D1)[None, :])
+    last_token = tl.minimum(first_token + TOKENS, num_tokens) - 1
+    first_position = tl.load(position_ptr + first_token)
+    last_position = tl.load(position_ptr + last_token)
+    first_doc = tl.load(doc_ptr + first_token)
+    last_doc = tl.load(doc_ptr + last_token)
+    row_doc = tl.load(doc_ptr + token)
+    row_seen = seen_of(tl.load(position_ptr + token), KERNEL, STRIDE)
+
+    top = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    acc0 = tl.zeros([ROWS, E0], tl.float32)
+    acc1 = tl.zeros([ROWS, E1 if E1 > 0 else 1], tl.float32)
+    for doc in range(first_doc, last_doc + 1):
+        begin, whole, end = doc_slots(
+            doc, last_doc, cu_ptr, first_position, last_position, SLOTS, KERNEL, STRIDE, first_doc == last_doc
+        )
+        acc0, acc1, top, total = _sweep(
+            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen, factor,
+            D0, D1, E0, E1, SLOTS, False,
+        )  # fmt: skip
+        acc0, acc1, top, total = _sweep(
+            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, whole, end,
+            tl.where(row_doc == doc, begin + row_seen, 0), factor, D0, D1, E0, E1, SLOTS, True,
+        )  # fmt: skip
+
+    seen = total > 0.0
+    total = tl.where(seen, total, 1.0)
+    LN_2: tl.constexpr = 0.6931471805599453
+    lse = tl.where(seen, (top + tl.log2(total)) * LN_2, float("-inf"))
+    at = token.to(tl.int64) * HEADS + head
+    tl.store(lse_ptr + at, lse, mask=row_ok)
+    o_at = o_ptr + (at * (E0 + E1))[:, None]
+    scale = (1.0 / total)[:, None]
+    tl.store(o_at + tl.arange(0, E0)[None, :], (acc0 * scale).to(o_ptr.dtype.element_ty), mask=row_ok[:, None])
+    if E1 > 0:
+        tl.store(o_at + E0 + tl.arange(0, E1)[None, :], (acc1 * scale).to(o_ptr.dtype.element_ty), mask=row_ok[:, None])
+
+
+def compressed_attention_fwd(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float, tile: Tile | None = None
+) -> tuple[Tensor, Tensor]:
+    """Attention over the compressed blocks that end at or before the query.
+
+    q [T, H, Dqk], k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv] in slots (CompressedSlots) -> o [T, H, Dv] in q's dtype, natural
+    lse fp32 [T, H]. A query that sees no block has o exactly 0 and lse -inf. scale must be positive. packing.doc and
+    packing.position may be a run of the row's tokens, if q is the same run. Source: arXiv 2502.11089.
+    """
+    tokens, heads, d_qk = q.shape
+    slots, kv_heads, d_v = v_cmp.shape
+    (d0, d1), (e0, e1) = split_dim(d_qk), split_dim(d_v)
+    o = q.new_empty(tokens, heads, d_v)
+    lse = q.new_empty(tokens, heads, dtype=torch.float32)
+    if not tokens or not slots:
+        return o.zero_(), lse.fill_(-math.inf)
+    tile = tile or forward_tile(d_qk, d_v, q.dtype)
+    group, q = heads // kv_heads, unit_stride(q)
+    _forward[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
+        q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
+        packing.doc, packing.position, packing.cu_seqlens, o, lse, q.stride(0), q.stride(1), tokens, scale / math.log(2),
+        HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=e0, E1=e1, KERNEL=geometry.kernel_size, STRIDE=geometry.kernel_stride,
+        ROWS=tile.rows, SLOTS=tile.slots, **tile.options,
+    )  # fmt: skip
+    return o, lse

@@ -1,0 +1,160 @@
+"""The queries of each selection block, from the blocks of each query: what dk and dv are summed over.
+
+A stable sort by block keeps the queries of a block in ascending order, so that sums over them repeat bit for bit.
+Lists have any length (every query of a document may want its first block), so they are cut into pieces of bounded
+length, whose number is bounded by sizes known on the host: nothing here waits for the device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sieve.kernels.nsa.layout import Packing
+
+
+@dataclass(frozen=True)
+class InverseIndex:
+    """A list for each (KV head h, block j), h * blocks + j. Document b's block i is j = cu_seqlens[b] // l' + b + i.
+
+    A document of L tokens has at most L // l' + 1 blocks of l' tokens, so those of different documents never collide,
+    and there are at most blocks = T // l' + N numbers, some of them unused.
+
+    token: int32 [T * Hkv * topk], the tokens that chose list i's block in token[offset[i] : offset[i + 1]], ascending.
+    list: int32, the list beside each token, Hkv * blocks where `token` is unused, past the last offset.
+    offset: int32 [Hkv * blocks + 1].
+    start, end: int32 [blocks], packed indices of a block's first token and past its last; start >= end where unused.
+
+    Each list, an empty one too, is cut into at least one piece of at most `length` tokens:
+    pieces: int32 [2, Hkv * blocks], the number of pieces up to and with a list's, of all lists and of those that have
+        several pieces.
+    owner: int32 [bound of the number of pieces], the list of each piece, Hkv * blocks where unused.
+    rows: bound of pieces[1].
+    """
+
+    token: Tensor
+    list: Tensor
+    offset: Tensor
+    start: Tensor
+    end: Tensor
+    pieces: Tensor
+    owner: Tensor
+    rows: int
+    length: int
+
+    @property
+    def blocks(self) -> int:
+        return self.start.numel()
+
+    @property
+    def lists(self) -> int:
+        return self.pieces.shape[1]
+
+
+@triton.jit
+def _count_below(ptr, x, size, STEPS: tl.constexpr):
+    """How many of the ascending ptr[:size] are below x; 2 ** STEPS > size."""
+    low = tl.zeros_like(x)
+    high = low + size
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        inside = low < high
+        below = inside & (tl.load(ptr + middle, mask=inside, other=0) < x)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(inside & ~below, middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["entries", "blocks", "lists"])
+def _name_lists(
+    indices_ptr, cu_ptr, doc_ptr, position_ptr, list_ptr, entries, blocks, lists,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, TOPK: tl.constexpr, SIZE: tl.constexpr,
+):  # fmt: skip
+    """The list of each entry; one that names no block, repeats the one before or sees nothing goes past the last."""
+    entry = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    ok = entry < entries
+    token = entry // (KV_HEADS * TOPK)
+    block = tl.load(indices_ptr + entry, mask=ok, other=-1)
+    before = tl.load(indices_ptr + entry - 1, mask=ok & (entry % TOPK > 0), other=-1)
+    position = tl.load(position_ptr + token, mask=ok, other=0)
+    doc = tl.load(doc_ptr + token, mask=ok, other=0)
+    base = tl.load(cu_ptr + doc, mask=ok, other=0) // BLOCK + doc
+    head = ((entry // TOPK) % KV_HEADS).to(tl.int32)
+    counts = (block >= 0) & (block != before) & (block * BLOCK <= position)
+    tl.store(list_ptr + entry, tl.where(counts, head * blocks + base + block, lists), mask=ok)
+
+
+@triton.jit(do_not_specialize=["entries", "blocks", "lists", "documents"])
+def _measure(
+    list_ptr, order_ptr, cu_ptr, token_ptr, offset_ptr, start_ptr, end_ptr, pieces_ptr,
+    entries, blocks, lists, documents, length,
+    BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, DOC_STEPS: tl.constexpr,
+):  # fmt: skip
+    """Fill token by entry, offset and pieces (not yet summed up) by list, start and end by block."""
+    at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    token = tl.load(order_ptr + at, mask=at < entries, other=0) // PER_TOKEN
+    tl.store(token_ptr + at, token.to(tl.int32), mask=at < entries)
+    if tl.program_id(0) * SIZE <= lists:
+        offset = _count_below(list_ptr, at, entries, STEPS)
+        count = tl.maximum(tl.cdiv(_count_below(list_ptr, at + 1, entries, STEPS) - offset, length), 1)
+        tl.store(offset_ptr + at, offset, mask=at <= lists)
+        tl.store(pieces_ptr + at, count, mask=at < lists)
+        tl.store(pieces_ptr + lists + at, tl.where(count > 1, count, 0), mask=at < lists)
+    if tl.program_id(0) * SIZE < blocks:
+        # The last document whose block 0 is not past `at`: their numbers ascend strictly.
+        low = tl.zeros_like(at)
+        high = low + documents
+        for _ in range(DOC_STEPS):
+            middle = (low + high) // 2
+            inside = high - low > 1
+            past = tl.load(cu_ptr + middle, mask=inside, other=0) // BLOCK + middle > at
+            high = tl.where(inside & past, middle, high)
+            low = tl.where(inside & ~past, middle, low)
+        first = tl.load(cu_ptr + low)
+        start = first + (at - first // BLOCK - low) * BLOCK
+        tl.store(start_ptr + at, start, mask=at < blocks)
+        tl.store(end_ptr + at, tl.minimum(start + BLOCK, tl.load(cu_ptr + low + 1)), mask=at < blocks)
+
+
+@triton.jit(do_not_specialize=["lists", "size"])
+def _own(pieces_ptr, owner_ptr, lists, size, STEPS: tl.constexpr, SIZE: tl.constexpr):
+    piece = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    tl.store(owner_ptr + piece, _count_below(pieces_ptr, piece + 1, lists, STEPS), mask=piece < size)
+
+
+def invert(indices: Tensor, packing: Packing, block_size: int, length: int) -> InverseIndex:
+    """indices int32 [T, Hkv, topk] (document-local block numbers, -1 = none) -> the tokens of each (KV head, block).
+
+    Lists are cut into pieces of `length` tokens. Needs T >= 1. Raises ValueError from 2^31 entries on.
+    """
+    (tokens, kv_heads, topk), entries, device = indices.shape, indices.numel(), indices.device
+    if entries >= 2**31:
+        raise ValueError(f"T * Hkv * topk = {list(indices.shape)} must stay below 2^31; split the row, or lower topk")
+    documents = packing.num_documents
+    blocks = tokens // block_size + documents
+    lists = kv_heads * blocks
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=device)
+
+    names, size = empty(entries), 1024
+    _name_lists[(triton.cdiv(entries, size),)](
+        indices.contiguous(), packing.cu_seqlens, packing.doc, packing.position, names, entries, blocks, lists,
+        BLOCK=block_size, KV_HEADS=kv_heads, TOPK=topk, SIZE=size,
+    )  # fmt: skip
+    names, order = torch.sort(names, stable=True)
+    token, offset, start, end, pieces = empty(entries), empty(lists + 1), empty(blocks), empty(blocks), empty(2, lists)
+    _measure[(triton.cdiv(max(entries, lists + 1), size),)](
+        names, order, packing.cu_seqlens, token, offset, start, end, pieces, entries, blocks, lists, documents, length,
+        BLOCK=block_size, PER_TOKEN=kv_heads * topk, SIZE=size,
+        STEPS=entries.bit_length(), DOC_STEPS=documents.bit_length(),
+    )  # fmt: skip
+    pieces = pieces.cumsum(1, dtype=torch.int32)
+    # A list of n tokens has at most n / length + 1 pieces, and at most 2n / length if it has several.
+    owner = empty(lists + entries // length)
+    _own[(triton.cdiv(owner.numel(), size),)](pieces, owner, lists, owner.numel(), STEPS=lists.bit_length(), SIZE=size)
+    return InverseIndex(token, names, offset, start, end, pieces, owner, 2 * entries // length, length)
