@@ -75,9 +75,10 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
-    first, second = x.to(torch.promote_types(x.dtype, cos.dtype)).chunk(2, -1)
-    out = torch.empty_like(x, dtype=first.dtype)
+    """Each product is fp32, as cos and sin are; the result is rounded to x's dtype as it is written."""
+    first, second = x.chunk(2, -1)
+    out = torch.empty_like(x)
     half = x.shape[-1] // 2
-    torch.mul(first, cos, out=out[..., :half]).addcmul_(second, sin, value=-direction)
-    torch.mul(second, cos, out=out[..., half:]).addcmul_(first, sin, value=direction)
-    return out.to(x.dtype)
+    torch.addcmul(first * cos, second, sin, value=-direction, out=out[..., :half])
+    torch.addcmul(second * cos, first, sin, value=direction, out=out[..., half:])
+    return out
