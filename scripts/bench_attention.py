@@ -74,16 +74,16 @@ def _row(shape, tokens: int, geometry, options: argparse.Namespace, ceilings) ->
     from sieve.scripts.bench.timing import Timing, peak_bytes, reason, time_calls
 
     forward, backward, whole, missing = {}, {}, [], {}
-    for kind in options.inputs.split(","):
-        case = draw(shape, tokens, geometry, kind == "structured")
-        whole += _measure(case, kind, options, forward, backward)
+    cases = {kind: draw(shape, tokens, geometry, kind == "structured") for kind in options.inputs.split(",")}
     rivals = [] if options.only or options.rivals == "none" else options.rivals.split(",")
     for name in rivals:
         try:
-            forward[name], backward[name] = rival_calls(case, name)
+            forward[name], backward[name] = rival_calls(next(iter(cases.values())), name)
             whole.append(name)
         except ImportError as error:
             missing[name] = Timing(error=reason(error))
+    for kind, case in cases.items():
+        whole += _measure(case, kind, options, forward, backward)
     timed = [time_calls(calls, options.rounds) for calls in (forward, backward)]
     peaks = {}
     for name in whole:

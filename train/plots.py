@@ -73,7 +73,8 @@ def _column(
                 np.interp(tokens, curve.tokens, spent), losses, "o", markersize=5, markerfacecolor="white",
                 markeredgecolor=colour, label=f"{run.name}, validation",
             )
-    _limits(top, (ours.loss, theirs.loss), smoothed)
+    late = [row["eval/loss"] for run in runs for row in run.rows[len(run.rows) // 12 :] if "eval/loss" in row]
+    _limits(top, (ours.loss, theirs.loss), [*smoothed, np.array(late)])
     common = np.linspace(max(s[0] for s in x), min(s[-1] for s in x), _POINTS)
     if common[-1] >= common[0]:
         gap = ours.smoothed(common, x[0]) - theirs.smoothed(common, x[1])

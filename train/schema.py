@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 
@@ -42,31 +41,33 @@ def submodel(annotation: Any) -> type[BaseModel] | None:
     return next((part for part in found if part is not None), None)
 
 
-def unknown_keys(model: type[BaseModel], tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of `tree`, with their values, that `model` and its parts do not have."""
+def unknown_keys(model: type[BaseModel] | None, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of `tree`, with their values, that `model` (None: nothing) and its parts do not have."""
     for name, value in tree.items():
-        field: FieldInfo | None = model.model_fields.get(name)
-        if field is None:
-            yield f"{prefix}{name}", value
-            continue
-        part = submodel(field.annotation)
-        if part is not None and isinstance(value, dict):
+        field = None if model is None else model.model_fields.get(name)
+        part = None if field is None else submodel(field.annotation)
+        if isinstance(value, dict) and (field is None or part is not None):
             yield from unknown_keys(part, value, f"{prefix}{name}.")
+        elif field is None:
+            yield f"{prefix}{name}", value
 
 
 def closest_key(model: type[BaseModel], path: str) -> str | None:
-    """The key that `path` was probably meant to be: one that ends in the same name, else the most similar one."""
+    """The key that `path` was probably meant to be: one with a very similar name in the same part, else with the same
+    name elsewhere, else with a similar one; None if nothing is near."""
     known: dict[str, None] = {}
     for key in keys(model):
         names = key.path.split(".")
         known |= {".".join(names[:count]): None for count in range(1, len(names) + 1)}
-    last = path.rpartition(".")[2]
-    same = [key for key in known if key.rpartition(".")[2] == last]
-    near = difflib.get_close_matches(path, same, n=1, cutoff=0) or difflib.get_close_matches(path, known, n=1)
-    if near:
-        return near[0]
-    ends = {key.rpartition(".")[2]: key for key in reversed(known)}
-    return next((ends[end] for end in difflib.get_close_matches(last, ends, n=1, cutoff=0.7)), None)
+    part, _, last = path.rpartition(".")
+    by_end: dict[str, list[str]] = {}
+    for key in known:
+        by_end.setdefault(key.rpartition(".")[2], []).append(key)
+    beside = {key.rpartition(".")[2]: [key] for key in known if key.rpartition(".")[0] == part}
+    for candidates, cutoff in ((beside, 0.75), (by_end, 1.0), (beside, 0.6), (by_end, 0.7)):
+        if near := difflib.get_close_matches(last, candidates, n=1, cutoff=cutoff):
+            return difflib.get_close_matches(path, candidates[near[0]], n=1, cutoff=0)[0]
+    return None
 
 
 def _is_union(annotation: Any) -> bool:

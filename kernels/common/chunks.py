@@ -10,21 +10,24 @@ from torch.utils.checkpoint import checkpoint
 
 
 def over_chunks(
-    body: Callable[..., tuple[Tensor, ...]], length: int, chunk: int, *tensors: Tensor
+    body: Callable[..., tuple[Tensor, ...]], chunk: int, queries: tuple[Tensor, ...], *keys: Tensor
 ) -> tuple[tuple[Tensor, ...], ...]:
-    """The results of body(start, end, *tensors) for each chunk of [0, length), transposed: one tuple per output.
+    """The results of body(start, end, *queries, *keys) for each chunk of queries, transposed: one tuple per output.
 
-    The spans follow from the shapes alone. With several chunks and gradients on, a chunk keeps none of its
-    intermediates and computes them again in the backward.
+    queries [..., n, x] are cut along their last dimension but one to [start, end); keys come whole. The spans follow
+    from the shapes alone. With several chunks and gradients on, a chunk keeps none of its intermediates and computes
+    them again in the backward.
     """
     if chunk < 1:
         raise ValueError(f"chunk={chunk} must be at least 1")
-    spans = [(start, min(start + chunk, length)) for start in range(0, length, chunk)]
+    # One split, not a slice for each chunk: the backward of a slice fills a tensor of the whole length.
+    cut = zip(*(x.split(chunk, -2) for x in queries))
+    spans = [(start, min(start + chunk, queries[0].shape[-2])) for start in range(0, queries[0].shape[-2], chunk)]
     if len(spans) == 1 or not torch.is_grad_enabled():
-        parts = [body(start, end, *tensors) for start, end in spans]
+        parts = [body(*span, *qs, *keys) for span, qs in zip(spans, cut)]
     else:
         parts = [
-            checkpoint(body, start, end, *tensors, use_reentrant=False, preserve_rng_state=False)
-            for start, end in spans
+            checkpoint(body, *span, *qs, *keys, use_reentrant=False, preserve_rng_state=False)
+            for span, qs in zip(spans, cut)
         ]
     return tuple(zip(*parts))

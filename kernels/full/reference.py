@@ -33,9 +33,9 @@ def causal_attention(
             visible = key <= query
             if window is not None:
                 visible = visible & (key > query - window)
-            return attend(qb[:, :, :, start:end], kb[:, :, 0, low:end], vb[:, :, 0, low:end], visible, scale)
+            return attend(qb, kb[:, :, 0, low:end], vb[:, :, 0, low:end], visible, scale)
 
-        o, lse = over_chunks(body, batch.length, chunk, qb, kb, vb)
+        o, lse = over_chunks(body, chunk, (qb,), kb, vb)
         outs.append(torch.cat(o, 3))
         lses.append(torch.cat(lse, 3))
     return documents.join_heads(outs).to(q.dtype), documents.join_heads(lses)

@@ -49,15 +49,15 @@ def sdpa_attention(
     for batch in documents.batches:
         qb, kb, vb = (batch.heads(x, groups) for x in padded)
         # Queries whose window reaches back to the document's start: plain causal attention.
-        whole = batch.length if window is None else min(window, batch.length)
-        parts = [attend_fused(qb[:, :, :, :whole], kb[:, :, :, :whole], vb[:, :, :, :whole], None, scale)]
-        for start in range(whole, batch.length, chunk):
-            end, low = min(start + chunk, batch.length), start - window + 1
+        end = batch.length if window is None else min(window, batch.length)
+        near, far = qb.split([end, batch.length - end], 3)
+        parts = [attend_fused(near, kb[:, :, :, :end], vb[:, :, :, :end], None, scale)]
+        for qs in far.split(chunk, 3) if end < batch.length else ():
+            start, low = end, end - window + 1
+            end = start + qs.shape[3]
             query = torch.arange(start, end, device=q.device)[:, None]
             key = torch.arange(low, end, device=q.device)
             visible = (key <= query) & (key > query - window)
-            parts.append(
-                attend_fused(qb[:, :, :, start:end], kb[:, :, :, low:end], vb[:, :, :, low:end], visible, scale)
-            )
+            parts.append(attend_fused(qs, kb[:, :, :, low:end], vb[:, :, :, low:end], visible, scale))
         outs.append(torch.cat(parts, 3))
     return documents.join_heads(outs)[..., :Dv].to(q.dtype)

@@ -1,4 +1,4 @@
-"""Compression attention, backward: its two kernels, neither of which adds atomically, so that runs repeat bit for bit."""
+"""Compression attention, backward: both kernels. Neither adds atomically: runs repeat bit for bit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from sieve.kernels.nsa.layout import Packing
 
 
 def compressed_attention_bwd(
-    do: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, lse: Tensor, delta: Tensor, packing: Packing, geometry: Geometry, *,
-    scale: float, dq: Tensor,
+    do: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, lse: Tensor, delta: Tensor, packing: Packing,
+    geometry: Geometry, *, scale: float, dq: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """dk_cmp [C, Hkv, Dqk] and dv_cmp [C, Hkv, Dv]; q's gradient is added to dq [T, H, Dqk].
 

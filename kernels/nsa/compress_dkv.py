@@ -1,8 +1,8 @@
 """Compression attention, backward: dk and dv, by tiles of slots, split over the queries.
 
-dv = P^T dO, dk = scale * dS^T q, summed over the queries that see the slot and the heads of the group. There are few slots
-and many queries, so each tile of slots is cut into `splits` runs of queries, whose sums are stored in fp32 and added up
-in one order.
+dv = P^T dO, dk = scale * dS^T q, summed over the queries that see the slot and the heads of the group. There are few
+slots and many queries, so each tile of slots is cut into `splits` runs of queries, whose sums are stored in fp32 and
+added up in one order.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _prepare(
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Rows (token, head of the group, padded to a power of two) in a line for each KV head, so that tiles load as one run.
+    """Rows (token, head of the group, padded to a power of two) in a line for each KV head, so that a tile is one run.
 
     stats fp32 [2, Hkv, length]: lse in powers of two, +inf for rows that count for nothing, and delta.
     seen int32 [2, length]: the slots [first, end) that the row sees.
@@ -59,9 +59,9 @@ def _sweep(
     HEADS: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     ROWS: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Add up dk and dv over the steps [step, steps) of ROWS // PADDED queries each; MASKED if not every slot is seen by all.
+    """Add up dk and dv over the steps [step, steps) of ROWS // PADDED queries each.
 
-    From the step `gap_at` on, `gap` steps are left out.
+    MASKED if some of them do not see every slot. From the step `gap_at` on, `gap` steps are left out.
     """
     TOKENS: tl.constexpr = ROWS // PADDED
     for i in range(step, steps):
@@ -110,10 +110,10 @@ def _backward_kv(
     kv_head = tl.program_id(1)
     KV_HEADS: tl.constexpr = HEADS // GROUP
 
-    # Slot s holds tokens that start within [s * STRIDE, (s + 1) * STRIDE), so a document that has blocks in this tile ends
-    # no later than that of the token (last_slot + 1) * STRIDE - 1, and no query before first_slot * STRIDE + KERNEL - 1
-    # sees any of them. Once a query of that last document sees the last slot, it and all later ones see the whole
-    # tile, if the tile holds no other document's slots.
+    # Slot s holds tokens that start within [s * STRIDE, (s + 1) * STRIDE), so a document that has blocks in this tile
+    # ends no later than that of the token (last_slot + 1) * STRIDE - 1, and no query before
+    # first_slot * STRIDE + KERNEL - 1 sees any of them. Once a query of that last document sees the last slot, it and
+    # all later ones see the whole tile, if the tile holds no other document's slots.
     end_slot = tl.minimum(first_slot + SLOTS, num_slots)
     last_doc = tl.load(doc_ptr + end_slot * STRIDE - 1)
     doc_start = tl.load(cu_ptr + last_doc)
@@ -174,8 +174,8 @@ def _backward_kv(
 
 
 def compressed_dkv(
-    do: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, lse: Tensor, delta: Tensor, packing: Packing, geometry: Geometry, *,
-    scale: float, tile: Tile | None = None, splits: int | None = None,
+    do: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, lse: Tensor, delta: Tensor, packing: Packing,
+    geometry: Geometry, *, scale: float, tile: Tile | None = None, splits: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The gradients dk_cmp [C, Hkv, Dqk] and dv_cmp [C, Hkv, Dv], 0 in slots that no query sees.
 
@@ -196,16 +196,17 @@ def compressed_dkv(
     stats = q.new_empty(2 * kv_heads, length, dtype=torch.float32)
     seen = q.new_empty(2, length, dtype=torch.int32)
     _prepare[(triton.cdiv(length, 1024), kv_heads)](
-        lse.contiguous(), delta.contiguous(), packing.doc, packing.position, packing.cu_seqlens, stats, seen, tokens, length,
-        HEADS=heads, GROUP=group, PADDED=padded, KERNEL=geometry.kernel_size, STRIDE=geometry.kernel_stride, BLOCK=1024,
+        lse.contiguous(), delta.contiguous(), packing.doc, packing.position, packing.cu_seqlens, stats, seen,
+        tokens, length, HEADS=heads, GROUP=group, PADDED=padded, KERNEL=geometry.kernel_size,
+        STRIDE=geometry.kernel_stride, BLOCK=1024,
     )  # fmt: skip
     dk = q.new_empty(splits, slots, kv_heads, d_qk, dtype=torch.float32)
     dv = q.new_empty(splits, slots, kv_heads, d_v, dtype=torch.float32)
     _backward_kv[(tiles * splits, kv_heads)](
         *row_descriptors(q, rows // padded, padded), *row_descriptors(do, rows // padded, padded),
         TensorDescriptor.from_tensor(stats, [1, rows]), TensorDescriptor.from_tensor(seen, [1, rows]),
-        k_cmp.contiguous(), v_cmp.contiguous(), packing.doc, packing.cu_seqlens, dk, dv, slots, scale / math.log(2), scale,
-        HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=e0, E1=e1, KERNEL=geometry.kernel_size, STRIDE=geometry.kernel_stride,
-        ROWS=rows, PADDED=padded, SLOTS=tile.slots, SPLITS=splits, **tile.options,
+        k_cmp.contiguous(), v_cmp.contiguous(), packing.doc, packing.cu_seqlens, dk, dv, slots,
+        scale / math.log(2), scale, HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=e0, E1=e1, KERNEL=geometry.kernel_size,
+        STRIDE=geometry.kernel_stride, ROWS=rows, PADDED=padded, SLOTS=tile.slots, SPLITS=splits, **tile.options,
     )  # fmt: skip
     return dk.sum(0).to(k_cmp.dtype), dv.sum(0).to(v_cmp.dtype)

@@ -92,7 +92,7 @@ def _backward_q(
     dq1 = tl.zeros([ROWS, D1 if D1 > 0 else 1], tl.float32)
     for doc in range(first_doc, last_doc + 1):
         begin, whole, end = doc_slots(
-            doc, last_doc, cu_ptr, first_position, last_position, SLOTS, KERNEL, STRIDE, first_doc == last_doc
+            doc, last_doc, cu_ptr, first_position, last_position, first_doc == last_doc, SLOTS, KERNEL, STRIDE
         )
         dq0, dq1 = _sweep(
             dq0, dq1, q0, q1, do0, do1, lse, delta, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen,
@@ -109,13 +109,13 @@ def _backward_q(
 
 
 def compressed_dq(
-    do: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, lse: Tensor, delta: Tensor, packing: Packing, geometry: Geometry, *,
-    scale: float, dq: Tensor, add: bool, tile: Tile | None = None,
+    do: Tensor, q: Tensor, k_cmp: Tensor, v_cmp: Tensor, lse: Tensor, delta: Tensor, packing: Packing,
+    geometry: Geometry, *, scale: float, dq: Tensor, add: bool, tile: Tile | None = None,
 ) -> None:
     """Write the gradient of q into dq [T, H, Dqk] (last stride 1), or add it to what stands there.
 
-    do [T, H, Dv], q [T, H, Dqk], k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv]; lse, delta = sum(o * do): fp32 [T, H]. lse may
-    be shifted by -log of a factor of do; -inf stands for a query that sees no block, and any row of lse +inf gives 0.
+    do [T, H, Dv], q [T, H, Dqk], k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv]; lse, delta = sum(o * do): fp32 [T, H]. lse
+    may be shifted by -log of a factor of do; -inf stands for a query that sees no block, and rows of +inf give 0.
     """
     tokens, heads, d_qk = q.shape
     slots, kv_heads, d_v = v_cmp.shape
@@ -127,9 +127,9 @@ def compressed_dq(
     tile = tile or dq_tile(d_qk, d_v, q.dtype)
     group, q, do = heads // kv_heads, unit_stride(q), unit_stride(do)
     _backward_q[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
-        do, q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots), lse.contiguous(), delta.contiguous(),
-        packing.doc, packing.position, packing.cu_seqlens, dq, *do.stride()[:2], *q.stride()[:2], *dq.stride()[:2], tokens,
-        scale / math.log(2), scale,
-        HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=e0, E1=e1, KERNEL=geometry.kernel_size, STRIDE=geometry.kernel_stride,
-        ROWS=tile.rows, SLOTS=tile.slots, ADD=add, **tile.options,
+        do, q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
+        lse.contiguous(), delta.contiguous(), packing.doc, packing.position, packing.cu_seqlens, dq,
+        *do.stride()[:2], *q.stride()[:2], *dq.stride()[:2], tokens, scale / math.log(2), scale,
+        HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=e0, E1=e1, KERNEL=geometry.kernel_size,
+        STRIDE=geometry.kernel_stride, ROWS=tile.rows, SLOTS=tile.slots, ADD=add, **tile.options,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """Compression attention (equations 7 and 8), forward: Triton kernel and launcher.
 
-A tile is `rows` (token, head of the KV group) pairs, so that the group's heads share every compressed key that is loaded.
+A tile is `rows` (token, head of the KV group) pairs, so that a group's heads share every compressed key that is loaded.
 It walks its documents' slots up to the last its queries see; only the last of them, and tiles that touch several
 documents, need a mask.
 """
@@ -86,7 +86,7 @@ def _forward(
     acc1 = tl.zeros([ROWS, E1 if E1 > 0 else 1], tl.float32)
     for doc in range(first_doc, last_doc + 1):
         begin, whole, end = doc_slots(
-            doc, last_doc, cu_ptr, first_position, last_position, SLOTS, KERNEL, STRIDE, first_doc == last_doc
+            doc, last_doc, cu_ptr, first_position, last_position, first_doc == last_doc, SLOTS, KERNEL, STRIDE
         )
         acc0, acc1, top, total = _sweep(
             acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen, factor,
@@ -111,12 +111,13 @@ def _forward(
 
 
 def compressed_attention_fwd(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float, tile: Tile | None = None
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the compressed blocks that end at or before the query.
 
-    q [T, H, Dqk], k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv] in slots (CompressedSlots) -> o [T, H, Dv] in q's dtype, natural
-    lse fp32 [T, H]. A query that sees no block has o exactly 0 and lse -inf. scale must be positive. packing.doc and
+    q [T, H, Dqk], k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv] in slots (CompressedSlots) -> o [T, H, Dv] in q's dtype,
+    natural lse fp32 [T, H]. A query that sees no block has o exactly 0 and lse -inf. scale must be positive. packing.doc and
     packing.position may be a run of the row's tokens, if q is the same run. Source: arXiv 2502.11089.
     """
     tokens, heads, d_qk = q.shape
@@ -130,8 +131,8 @@ def compressed_attention_fwd(
     group, q = heads // kv_heads, unit_stride(q)
     _forward[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
         q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
-        packing.doc, packing.position, packing.cu_seqlens, o, lse, q.stride(0), q.stride(1), tokens, scale / math.log(2),
-        HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=e0, E1=e1, KERNEL=geometry.kernel_size, STRIDE=geometry.kernel_stride,
-        ROWS=tile.rows, SLOTS=tile.slots, **tile.options,
+        packing.doc, packing.position, packing.cu_seqlens, o, lse, *q.stride()[:2], tokens, scale / math.log(2),
+        HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=e0, E1=e1, KERNEL=geometry.kernel_size,
+        STRIDE=geometry.kernel_stride, ROWS=tile.rows, SLOTS=tile.slots, **tile.options,
     )  # fmt: skip
     return o, lse

@@ -64,7 +64,7 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def _copyable(x: Tensor) -> Tensor:
-    """x, or a copy where the copy engine cannot read it: base and strides are multiples of 16 bytes, the last stride 1."""
+    """x, or a copy where the copy engine cannot read it: base and strides in multiples of 16 bytes, the last of 1."""
     steps = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
     return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or any(s % 16 for s in steps) else x
 
@@ -104,8 +104,8 @@ def seen_of(position, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
 
 @triton.jit
 def doc_slots(
-    doc, last_doc, cu_ptr, first_position, last_position, SLOTS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    single,
+    doc, last_doc, cu_ptr, first_position, last_position, single, SLOTS: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):  # fmt: skip
     """(begin, whole, end) of a document's slots, for a tile of tokens from first_position to last_position of last_doc.
 

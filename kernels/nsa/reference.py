@@ -49,9 +49,9 @@ def compressed_attention(
         def body(start: int, end: int, qb: Tensor, kb: Tensor, vb: Tensor) -> tuple[Tensor, Tensor]:
             seen = _blocks_seen(start, end, geometry, qb.device)
             n = seen.shape[1]
-            return attend(qb[:, :, :, start:end], kb[:, :, :n], vb[:, :, :n], seen, scale)
+            return attend(qb, kb[:, :, :n], vb[:, :, :n], seen, scale)
 
-        o, lse = over_chunks(body, batch.length, chunk, qb, kb, vb)
+        o, lse = over_chunks(body, chunk, (qb,), kb, vb)
         outs.append(torch.cat(o, 3))
         lses.append(torch.cat(lse, 3))
     return documents.join_heads(outs).to(q.dtype), documents.join_heads(lses)
@@ -97,7 +97,7 @@ def select_blocks(
                 chosen = torch.where(candidate, block, -1).expand(qb.shape[0], groups, -1, -1)
             else:
                 seen = _blocks_seen(start, end, geometry, qb.device)
-                s = scores(qb[:, :, :, start:end], kb[:, :, : seen.shape[1]], scale) - lb[:, :, :, start:end]
+                s = scores(qb, kb[:, :, : seen.shape[1]], scale) - lb
                 p = s.masked_fill_(~seen, -math.inf).exp_().sum(2)  # [B, Hkv, n, blocks]
                 forced = (block < geometry.init_blocks) | (block > current - geometry.local_blocks)
                 rank = _importance(p, num_blocks, geometry).masked_fill_(forced, math.inf)
@@ -110,7 +110,7 @@ def select_blocks(
             chosen = chosen.masked_fill(chosen == num_blocks, -1)
             return (torch.nn.functional.pad(chosen, (0, geometry.topk - chosen.shape[-1]), value=-1).int(),)
 
-        (parts,) = over_chunks(body, batch.length, chunk, qb, lb, kb)
+        (parts,) = over_chunks(body, chunk, (qb, lb), kb)
         found.append(torch.cat(parts, 2).transpose(1, 2))
     return documents.join(found)
 
@@ -142,11 +142,11 @@ def selected_attention(
         qb, kb, vb = (batch.heads(x.to(dtype), groups) for x in (q, k_slc, v_slc))
         ib = batch.take(indices).transpose(1, 2)  # [B, Hkv, L, topk]
 
-        def body(start: int, end: int, qb: Tensor, kb: Tensor, vb: Tensor, ib: Tensor) -> tuple[Tensor, Tensor]:
-            visible = selected_tokens(ib[:, :, start:end], start, end, geometry)[:, :, None]
-            return attend(qb[:, :, :, start:end], kb[:, :, 0, :end], vb[:, :, 0, :end], visible, scale)
+        def body(start: int, end: int, qb: Tensor, ib: Tensor, kb: Tensor, vb: Tensor) -> tuple[Tensor, Tensor]:
+            visible = selected_tokens(ib, start, end, geometry)[:, :, None]
+            return attend(qb, kb[:, :, 0, :end], vb[:, :, 0, :end], visible, scale)
 
-        o, lse = over_chunks(body, batch.length, chunk, qb, kb, vb, ib)
+        o, lse = over_chunks(body, chunk, (qb, ib), kb, vb)
         outs.append(torch.cat(o, 3))
         lses.append(torch.cat(lse, 3))
     return documents.join_heads(outs).to(q.dtype), documents.join_heads(lses)

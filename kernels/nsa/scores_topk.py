@@ -1,11 +1,11 @@
 """Which blocks the selected branch reads (equations 9 to 12): Triton kernel and launcher.
 
-One sweep over the compressed slots gives the weights p_cmp anew from q, k_cmp and lse, in registers: transposed, slots by
-(token, head) columns, so that the sum over a group's heads runs along registers. With a = l'/d slots a selection block
-and b = l/d strides a slot, slot r of a block overlaps it in min(b, a - r) strides, equation 9's weight, and the block
-after it in the rest of b. So each tile of slots yields two numbers a block and query, `own` and `next`, and no tile needs
-a slot of its neighbour. They go to scratch memory of the program, which then picks the query's blocks from it: bounded by
-the number of programs that run at once, not by the number of queries.
+One sweep over the compressed slots gives the weights p_cmp anew from q, k_cmp and lse, in registers: transposed, slots
+by (token, head) columns, so that the sum over a group's heads runs along registers. With a = l'/d slots a selection
+block and b = l/d strides a slot, slot r of a block overlaps it in min(b, a - r) strides, equation 9's weight, and the
+block after it in the rest of b. So each tile of slots yields two numbers a block and query, `own` and `next`, and no
+tile needs a slot of its neighbour. They go to scratch memory of the program, which then picks the query's blocks from
+it: bounded by the number of programs that run at once, not by the number of queries.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def _multiprocessors(device: torch.device) -> int:
 
 @triton.jit
 def _sweep(
-    q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, seen, written, kv_head, doc_slot, num_slots, begin, end, width,
-    factor,
+    q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, seen, written, kv_head, doc_slot, num_slots, begin, end,
+    width, factor,
     HEADS_KV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr,
     A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Store own and next of the blocks [begin, end) for the queries with `written`; MASKED if some do not see them whole."""
+    """Store own and next of the blocks [begin, end) for the queries `written`; MASKED if some do not see all of them."""
     BLOCKS: tl.constexpr = SLOTS // A_PADDED
     place = tl.arange(0, SLOTS) % A_PADDED
     inside = tl.arange(0, A_PADDED)
@@ -141,12 +141,12 @@ def _select(
             last_block = tl.cdiv(tl.max(tl.where(mine, seen, 0), 0), A)
             whole = tl.min(tl.where(mine, seen, 0), 0) // (BLOCKS * A) * BLOCKS
             _sweep(
-                q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, column_seen, mine, kv_head, doc_slot, num_slots,
-                0, whole, width, factor, HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, False,
+                q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, column_seen, mine, kv_head, doc_slot,
+                num_slots, 0, whole, width, factor, HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, False,
             )  # fmt: skip
             _sweep(
-                q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, tl.where(column_doc == d, column_seen, 0), mine,
-                kv_head, doc_slot, num_slots, whole, last_block, width, factor,
+                q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, tl.where(column_doc == d, column_seen, 0),
+                mine, kv_head, doc_slot, num_slots, whole, last_block, width, factor,
                 HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, True,
             )  # fmt: skip
         tl.debug_barrier()  # the scratch memory was written by other threads than will read it
@@ -160,15 +160,15 @@ def _select(
 
 
 def select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, packing: Packing, geometry: Geometry, *, scale: float, tile: Tile | None = None,
-    programs: int | None = None,
+    q: Tensor, k_cmp: Tensor, lse: Tensor, packing: Packing, geometry: Geometry, *, scale: float,
+    tile: Tile | None = None, programs: int | None = None,
 ) -> Tensor:
     """The selection blocks each query and KV group reads.
 
-    q [T, H, Dqk], k_cmp [C, Hkv, Dqk] in slots, lse fp32 [T, H] of compressed_attention_fwd -> int32 [T, Hkv, topk]: block
-    numbers within the document, ascending, -1 past the last. Forced blocks are always among them, then the largest
-    importance, ties to the lower block. scale must be positive. packing.doc and packing.position may be a run of the
-    row's tokens, if q and lse are the same run. Scratch memory is at most 0.5 GB. Source: arXiv 2502.11089.
+    q [T, H, Dqk], k_cmp [C, Hkv, Dqk] in slots, lse fp32 [T, H] of compressed_attention_fwd -> int32 [T, Hkv, topk]:
+    block numbers within the document, ascending, -1 past the last. Forced blocks are always among them, then the
+    largest importance, ties to the lower block. scale must be positive. packing.doc and packing.position may be a run
+    of the row's tokens, if q and lse are the same run. Scratch memory: at most 0.5 GB. Source: arXiv 2502.11089.
     """
     tokens, heads, d_qk = q.shape
     slots, kv_heads, _ = k_cmp.shape
@@ -194,10 +194,11 @@ def select_blocks(
     top = triton.next_power_of_2(geometry.topk)
     q, k_cmp = unit_stride(q), k_cmp.contiguous()
     _select[(programs,)](
-        q, *slot_descriptors(k_cmp, tile_slots), k_cmp, lse.contiguous(), packing.doc, packing.position, packing.cu_seqlens,
-        scratch, out, q.stride(0), q.stride(1), tokens, slots, width, scale / math.log(2),
-        HEADS=heads, GROUP=group, PADDED=padded, D0=d0, D1=d1, KERNEL=geometry.kernel_size, STRIDE=geometry.kernel_stride,
-        BLOCK=geometry.block_size, INIT=geometry.init_blocks, LOCAL=geometry.local_blocks, TOPK=geometry.topk, WIDTH=top,
-        CHUNK=CHUNK, A_PADDED=a_padded, COLUMNS=columns, SLOTS=tile_slots, **tile.options,
+        q, *slot_descriptors(k_cmp, tile_slots), k_cmp, lse.contiguous(), packing.doc, packing.position,
+        packing.cu_seqlens, scratch, out, *q.stride()[:2], tokens, slots, width, scale / math.log(2),
+        HEADS=heads, GROUP=group, PADDED=padded, D0=d0, D1=d1, KERNEL=geometry.kernel_size,
+        STRIDE=geometry.kernel_stride, BLOCK=geometry.block_size, INIT=geometry.init_blocks,
+        LOCAL=geometry.local_blocks, TOPK=geometry.topk, WIDTH=top, CHUNK=CHUNK, A_PADDED=a_padded, COLUMNS=columns,
+        SLOTS=tile_slots, **tile.options,
     )  # fmt: skip
     return out

@@ -12,7 +12,7 @@ from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.reference import combine, compressed_attention, select_blocks, selected_tokens
 
-CHUNK = 512  # queries whose selection mask is held at once
+CHUNK = 512  # queries whose compressed scores, or selection mask, are held at once
 
 
 def selected_attention(
@@ -30,18 +30,19 @@ def selected_attention(
     for batch in documents.batches:
         qb, kb, vb = (batch.heads(x, groups) for x in padded)
         whole = min(geometry.topk * geometry.block_size, batch.length)
-        parts = [attend_fused(qb[:, :, :, :whole], kb[:, :, :, :whole], vb[:, :, :, :whole], None, scale)]
+        near, far = qb.split([whole, batch.length - whole], 3)
+        parts = [attend_fused(near, kb[:, :, :, :whole], vb[:, :, :, :whole], None, scale)]
         if whole < batch.length:
             ib = batch.take(indices).transpose(1, 2)[:, :, whole:]  # [B, Hkv, L - whole, topk]
 
             def body(
-                start: int, end: int, qb: Tensor, kb: Tensor, vb: Tensor, ib: Tensor, whole: int = whole
+                start: int, end: int, qb: Tensor, ib: Tensor, kb: Tensor, vb: Tensor, whole: int = whole
             ) -> tuple[Tensor]:
                 first, last = whole + start, whole + end
-                visible = selected_tokens(ib[:, :, start:end], first, last, geometry).flatten(0, 1)[:, None]
-                return (attend_fused(qb[:, :, :, first:last], kb[:, :, :, :last], vb[:, :, :, :last], visible, scale),)
+                visible = selected_tokens(ib, first, last, geometry).flatten(0, 1)[:, None]
+                return (attend_fused(qb, kb[:, :, :, :last], vb[:, :, :, :last], visible, scale),)
 
-            (rest,) = over_chunks(body, batch.length - whole, chunk, qb, kb, vb, ib)
+            (rest,) = over_chunks(body, chunk, (far, ib), kb, vb)
             parts += rest
         outs.append(torch.cat(parts, 3))
     return documents.join_heads(outs)[..., :Dv].to(q.dtype)
@@ -52,8 +53,8 @@ def nsa_attention(
     packing: Packing, geometry: Geometry, *, scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The whole operator, see sieve.kernels.nsa.api: out [T, H, Dv] and the selected blocks int32 [T, Hkv, topk]."""
-    o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, packing, geometry, scale=scale)
-    indices = select_blocks(q, k_cmp, lse, packing, geometry, scale=scale)
+    o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, packing, geometry, scale=scale, chunk=CHUNK)
+    indices = select_blocks(q, k_cmp, lse, packing, geometry, scale=scale, chunk=CHUNK)
     o_slc = selected_attention(q, k_slc, v_slc, indices, packing, geometry, scale=scale)
     o_win = sdpa_attention(q, k_win, v_win, packing, geometry.window_size, scale=scale)
     return combine(o_cmp, o_slc, o_win, gates), indices

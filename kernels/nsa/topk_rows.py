@@ -10,8 +10,8 @@ import triton.language as tl
 def _ranks(own_ptr, next_ptr, block, current, seen, PER_BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr):
     """[tokens, blocks] what blocks are chosen by: their importance, +inf where forced, -1 where in the query's future.
 
-    own holds a block's weighted slots, next what the block before counts for it. Neither was written where those slots are
-    not seen: what lies there is read and dropped, since unmasked loads are wide ones.
+    own holds a block's weighted slots, next what the block before counts for it. Neither was written where those slots
+    are not seen: what lies there is read and dropped, since unmasked loads are wide ones.
     """
     own = tl.where(block * PER_BLOCK < seen, tl.load(own_ptr + block), 0.0)
     carried = tl.where((block > 0) & ((block - 1) * PER_BLOCK < seen), tl.load(next_ptr + block), 0.0)
@@ -27,8 +27,8 @@ def pick_blocks(
 ):  # fmt: skip
     """Write the TOPK blocks of largest rank, ties to the lower block, ascending, then -1.
 
-    own_ptr, next_ptr, out_ptr [TOKENS]: each query's row; the first two of whole CHUNKs. current [TOKENS]: the block it stands in. seen [TOKENS]: the
-    slots it sees. num_blocks: more than any `current`. WIDTH: TOPK rounded up to a power of two.
+    own_ptr, next_ptr, out_ptr [TOKENS]: each query's row, the first two of whole CHUNKs. current [TOKENS]: the block it
+    stands in. seen [TOKENS]: the slots it sees. num_blocks: more than any `current`. WIDTH: TOPK rounded up to a power of two.
 
     The first sweep finds each query's n-th largest rank; the second takes what lies above it and, lowest first, as many
     of its equals as there is room for. What is written is thus in order already.
@@ -65,4 +65,5 @@ def pick_blocks(
         tl.store(out_ptr[:, None] + at, block + tl.zeros([TOKENS, 1], tl.int32), mask=taken)
         before += tl.sum(count, 1)[:, None]
     found = (before & 0xFFFF) + tl.minimum(before >> 16, room)
-    tl.store(out_ptr[:, None] + place, tl.full([TOKENS, WIDTH], -1, tl.int32), mask=token_ok[:, None] & (place < TOPK) & (place >= found))
+    rest = token_ok[:, None] & (place < TOPK) & (place >= found)
+    tl.store(out_ptr[:, None] + place, tl.full([TOKENS, WIDTH], -1, tl.int32), mask=rest)

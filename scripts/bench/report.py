@@ -50,14 +50,23 @@ def write_json(path: Path, run: dict[str, object]) -> None:
     path.write_text(json.dumps(run, indent=1) + "\n")
 
 
+def _both(forward: dict[str, Timing], backward: dict[str, Timing], name: str, rival: str | None) -> str:
+    """How many times faster than the rival forward and backward are together."""
+    if rival is None or name not in forward or name not in backward:
+        return "-"
+    theirs, ours = (forward[n].median + backward[n].median for n in (rival, name))
+    return f"{theirs / ours:.2f}" if ours == ours and theirs == theirs else "-"
+
+
 def print_table(
     title: str, names: list[str], forward: dict[str, Timing], backward: dict[str, Timing],
     least: tuple[dict[str, float], dict[str, float]], rival: str | None, ceilings: Ceilings,
     peaks: dict[str, tuple[int, int]],
 ) -> None:
-    """One line a call: milliseconds and spread forward and backward, times the rival's speed, share of the floor."""
+    """One line a call: milliseconds and half their range, times the rival's speed (forward, backward, both), share of
+    the floor, and peak memory beyond what stood before."""
     print(f"\n{title}", flush=True)
-    print(f"{'':26}{'forward ms':>20}{'backward ms':>20}{'x rival':>16}{'of floor':>14}{'peak GB':>14}")
+    print(f"{'':26}{'forward ms':>20}{'backward ms':>20}{'x rival':>20}{'of floor':>14}{'peak GB':>14}")
     for name in names:
         cells = []
         for timing in (forward.get(name), backward.get(name)):
@@ -76,7 +85,8 @@ def print_table(
             best = timings.get(rival) if rival else None
             ratios.append(f"{best.median / ours.median:.2f}" if works and best and not best.error else "-")
         peak = "/".join(f"{size / 1e9:.2f}" for size in peaks[name]) if name in peaks else ""
-        line = f"{name:26}{cells[0]:>20}{cells[1]:>20}{' / '.join(ratios):>16}{' / '.join(shares):>14}{peak:>14}"
+        ratios.append(_both(forward, backward, name, rival))
+        line = f"{name:26}{cells[0]:>20}{cells[1]:>20}{' / '.join(ratios):>20}{' / '.join(shares):>14}{peak:>14}"
         print(line, flush=True)
     for side, timings in (("forward", forward), ("backward", backward)):
         for name, timing in timings.items():

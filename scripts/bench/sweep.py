@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
@@ -13,6 +15,7 @@ from sieve.scripts.bench.cases import Case
 from sieve.scripts.bench.timing import Timing, time_calls
 
 Call = Callable[[], object]
+LAUNCH = ("num_warps", "num_stages", "max_registers")  # fields of every Tile; the other two are its sides
 SWEPT = ("compression", "scores", "selection", "window")
 
 
@@ -74,20 +77,28 @@ def _launches(case: Case, branch: str) -> dict[str, tuple[Callable[[object], obj
 
 
 def candidates(table: object) -> list[object]:
-    """The table's tile and its neighbours: sides halved and doubled, 4 or 8 warps, one stage fewer or more, registers
-    capped so that two programs fit on a multiprocessor where the launcher can."""
-    rows, columns = [name for name in table.__dataclass_fields__ if name not in _LAUNCH]
-    sides = itertools.product(*({v // 2, v, v * 2} for v in (getattr(table, rows), getattr(table, columns))))
+    """The table's tile and its neighbours: sides halved or doubled, 4 or 8 warps, one stage fewer or more; and, where
+    the launcher can cap registers, so few that two programs of 8 warps fit on a multiprocessor."""
+    fields = [name for name in table.__dataclass_fields__ if name not in LAUNCH]
+    row, column = (getattr(table, name) for name in fields)
+    sides = [(row, column), (row // 2, column), (row * 2, column), (row, column // 2), (row, column * 2)]
+    sides += [(row // 2, column * 2), (row * 2, column // 2), (row // 2, column // 2)]
     found = [table]
-    for (r, c), warps, stages in itertools.product(sides, (4, 8), (1, 2, 3, 4)):
-        if 16 <= c <= 128 and 32 <= r <= 256 and r * c <= 128 * 128 and abs(stages - table.num_stages) <= 1:
-            found.append(replace(table, **{rows: r, columns: c}, num_warps=warps, num_stages=stages))
+    for (r, c), warps, more in itertools.product(sides, (4, 8), (-1, 0, 1)):
+        if 16 <= c <= 128 and 16 <= r <= 256 and 1 <= table.num_stages + more <= 4:
+            sized = dict(zip(fields, (r, c)))
+            found.append(replace(table, **sized, num_warps=warps, num_stages=table.num_stages + more))
     if hasattr(table, "max_registers"):
-        found += [replace(t, max_registers=128) for t in found if t.num_warps == 8]
+        found += [replace(t, max_registers=128) for t in found if t.num_warps == 8 and t.num_stages == table.num_stages]
     return list(dict.fromkeys(found))
 
 
-_LAUNCH = ("num_warps", "num_stages", "max_registers")
+def _compile(calls: list[Call]) -> None:
+    """First calls of all, on several threads, since most of their time is compilation; errors show again later."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        for future in [pool.submit(call) for call in calls]:
+            future.exception()
+    torch.cuda.synchronize()
 
 
 def sweep(case: Case, branch: str, rounds: int, only: str | None = None) -> dict[str, list[tuple[object, Timing]]]:
@@ -98,9 +109,10 @@ def sweep(case: Case, branch: str, rounds: int, only: str | None = None) -> dict
             continue
         tiles = candidates(table)
         calls = {str(i): functools.partial(call, tile) for i, tile in enumerate(tiles)}
+        _compile(list(calls.values()))
         timed = [(tiles[int(i)], t) for i, t in time_calls(calls, rounds, slice_ms=20.0).items() if not t.error]
         results[name] = sorted(timed, key=lambda pair: pair[1].median)
-        for tile, timing in results[name][:8] + [pair for pair in results[name] if pair[0] == table]:
+        for tile, timing in [*results[name][:8], *(pair for pair in results[name][8:] if pair[0] == table)]:
             mark = " <- table" if tile == table else ""
             print(f"  {branch} {name:12} {timing.median:8.3f} ms  {tile}{mark}", flush=True)
     return results

@@ -49,7 +49,7 @@ def time_calls(calls: dict[str, Call], rounds: int, slice_ms: float = 60.0) -> d
         try:
             _once(call, 1)  # compiles
             repeats[name] = max(1, min(50, int(slice_ms / max(_once(call, 2), 1e-3))))
-        except (RuntimeError, ValueError, TypeError, AssertionError, NotImplementedError) as error:
+        except Exception as error:  # rivals and compilers raise what they like; the table says which
             failed[name] = Timing(error=reason(error))
             torch.cuda.empty_cache()
     times: dict[str, list[float]] = {name: [] for name in repeats}

@@ -1,7 +1,7 @@
 """Compiles kernels for sm_90 without a GPU: what their launchers would launch, and what the compiler made of it.
 
-A program, to be run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window|operator H HKV DQK DV DTYPE` prints
-a JSON line a kernel. Launchers are called on small CPU tensors, and each launch is compiled instead of run.
+A program, run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window|operator H HKV DQK DV DTYPE` prints a
+JSON line a kernel. Launchers are called on small CPU tensors, and each launch is compiled instead of run.
 """
 
 import json

@@ -64,8 +64,10 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     ["attention=[full,nsa]", "dtype=bf16", "zero=3", "activation_checkpointing=block"],
 ], ids=" ".join)
 def test_two_stops_change_nothing(settings, tiny_text, one_rank, tmp_path, monkeypatch):
+    composed = load_config([*tiny_text, *settings, f"steps={STEPS}", f"runs_dir={tmp_path}"])
+
     def config(name: str):
-        return load_config([*tiny_text, *settings, f"steps={STEPS}", f"runs_dir={tmp_path}", f"name={name}"])
+        return composed.model_copy(update={"name": name})
 
     assert run(config("whole")) == 0
     with monkeypatch.context() as patch:

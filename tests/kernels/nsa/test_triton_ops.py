@@ -41,7 +41,7 @@ def plain(inputs, packing, geometry, indices, dense, dtype):
     return out.detach(), torch.autograd.grad(out, inputs, loss_weights(out).to(dtype))
 
 
-@pytest.mark.parametrize("lengths, shape", [([41, 0, 1, 22], (4, 2, 32, 16)), ([5, 1], (3, 1, 48, 32))], ids=str)
+@pytest.mark.parametrize("lengths, shape", [([37, 0, 1, 7], (4, 2, 32, 16)), ([5, 1], (3, 1, 48, 32))], ids=str)
 def test_outputs_and_gradients(lengths, shape, device, dense, poison):
     packing = dense.pack(lengths, device)
     inputs = draw(sum(lengths), *shape, GEOMETRY, device)
@@ -56,11 +56,11 @@ def test_outputs_and_gradients(lengths, shape, device, dense, poison):
 
 
 def test_recomputed_in_slices_is_bit_equal(device, dense, poison, monkeypatch):
-    packing = dense.pack([30, 40], device)
-    inputs = draw(70, 4, 2, 32, 16, GEOMETRY, device)
+    packing = dense.pack([13, 23], device)
+    inputs = draw(36, 4, 1, 16, 16, GEOMETRY, device)
     kept = run(inputs, packing, GEOMETRY)
     monkeypatch.setattr(autograd, "SLICE_BYTES", 1)
-    monkeypatch.setattr(autograd, "SLICE_TOKENS", 32)
+    monkeypatch.setattr(autograd, "SLICE_TOKENS", 16)
     again = run(inputs, packing, GEOMETRY, save_outputs=False)
     for a, b in zip((*kept[:2], *kept[2]), (*again[:2], *again[2])):
         assert torch.equal(a, b)
@@ -83,15 +83,15 @@ def arguments(inputs, packing, geometry, keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_registration(keep, device, dense):
-    packing = dense.pack([9, 11], device)
-    inputs = draw(20, 2, 1, 16, 16, GEOMETRY, device)
-    checks = ["test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static"]
+    packing = dense.pack([4, 8], device)
+    inputs = draw(12, 2, 1, 16, 16, GEOMETRY, device)
+    checks = ["test_schema", "test_autograd_registration", "test_faketensor"] + ["test_aot_dispatch_static"] * keep
     torch.library.opcheck(triton_ops.nsa_forward, arguments(inputs, packing, GEOMETRY, keep), test_utils=checks)
 
 
 def test_checkpointing_and_the_api(device, dense):
-    packing = dense.pack([17, 6], device)
-    inputs = draw(23, 2, 1, 16, 16, GEOMETRY, device)
+    packing = dense.pack([10, 2], device)
+    inputs = draw(12, 2, 1, 16, 16, GEOMETRY, device)
 
     def call(*inputs):
         return api.nsa_attention(*inputs, packing, GEOMETRY, scale=0.25, impl="triton")[0]
@@ -104,11 +104,11 @@ def test_checkpointing_and_the_api(device, dense):
 
 def test_causal_and_isolated_bit_for_bit(device, dense):
     """What comes later and what other documents hold moves no bit of the output, of indices or of earlier dq."""
-    packing = dense.pack([24, 32], device)
-    inputs = draw(56, 2, 1, 16, 16, GEOMETRY, device)
+    packing = dense.pack([16, 20], device)
+    inputs = draw(36, 2, 1, 16, 16, GEOMETRY, device)
     out, indices, grads = run(inputs, packing, GEOMETRY)
-    later = slice(44, 56), slice(11, 14), slice(0, 44)
-    other = slice(0, 24), slice(0, 6), slice(24, 56)
+    later = slice(28, 36), slice(7, 9), slice(0, 28)
+    other = slice(0, 16), slice(0, 4), slice(16, 36)
     for hidden, slots, same in (later, other):
         changed = [x.detach().clone() for x in inputs]
         for x, at in zip(changed[1:7], (slots, slots, *[hidden] * 4)):

@@ -37,9 +37,9 @@ CASES = [  # documents, query heads, KV heads, d_qk, d_v, window
     ([37], 4, 2, 32, 32, 16),
     ([1], 3, 1, 32, 64, 5),
     ([13, 0, 21, 1, 9], 6, 2, 80, 96, 7),
-    ([70], 7, 1, 32, 32, 40),
-    ([30, 20], 12, 1, 32, 32, 24),
-    ([40], 2, 2, 32, 32, 1000),
+    ([70], 7, 1, 32, 32, 48),
+    ([25, 11], 12, 1, 32, 32, 24),
+    ([33], 2, 2, 32, 32, 1000),
     ([20, 3], 5, 1, 192, 128, 1),
     ([10], 64, 1, 32, 256, 8),
     ([2] * 12, 4, 4, 32, 32, 3),
@@ -51,7 +51,8 @@ def test_matches_plain_attention(case, device, dense, poison):
     lengths, heads, kv_heads, d_qk, d_v, width = case
     packing = dense.pack(lengths, device)
     inputs = draw(sum(lengths), heads, kv_heads, d_qk, d_v, device)
-    o, lse, *grads = run(*inputs, packing, width, SMALL)
+    tile = Tile(64, 32, 4, 1) if heads > 6 else SMALL  # the interpreter takes a time a tile
+    o, lse, *grads = run(*inputs, packing, width, tile)
     exact = plain(*inputs, packing, width, dense, torch.float64)
     for got, want in zip((o, *grads), exact):
         assert torch.allclose(got.double(), want, atol=2e-5, rtol=1e-5), dense.relative_errors(got, want)

@@ -1,0 +1,176 @@
+"""DeepSpeed at every stage must train like a plain loop of torch would."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+
+import pytest
+import torch
+
+from sieve.data.packing import Batch
+from sieve.kernels.nsa.layout import Packing
+from sieve.model.config import AttentionConfig, ModelConfig, MoEConfig
+from sieve.model.decoder import Decoder
+from sieve.model.init import initial_value, initialize
+from sieve.train.engine import Engine
+from sieve.train.optim import OptimConfig, adamw
+from sieve.train.zero import ZeroConfig, deepspeed_config
+
+MODEL = ModelConfig(
+    name="toy", num_layers=2, hidden_size=32, num_heads=4, num_kv_heads=2, head_dim_qk=8, head_dim_v=8,
+    intermediate_size=48, tie_embeddings=True, moe=MoEConfig(num_experts=4, top_k=2, expert_size=16, num_shared=1),
+)
+NSA = AttentionConfig(kernel_size=8, kernel_stride=4, block_size=8, topk=4, window_size=16)
+VOCAB, LR = 300, 1e-2
+FP32 = [(stage, "fp32") for stage in range(4)]
+BF16 = [(stage, "bf16") for stage in range(1, 4)]
+
+
+def batch(seed: int) -> Batch:
+    """Two rows of two documents each; the labels are the next tokens."""
+    tokens = torch.randint(0, VOCAB, (2, 48), generator=torch.Generator().manual_seed(seed))
+    labels = tokens.roll(-1, 1)
+    labels[:, [29, 47]] = -100
+    return Batch(tokens, labels, torch.tensor([0, 30, 48, 78, 96], dtype=torch.int32), 30)
+
+
+def decoder() -> Decoder:
+    module = Decoder(MODEL, NSA, VOCAB)
+    initialize(module, 0)
+    return module
+
+
+def engine_of(place, stage: int, dtype: str, clip: float = 1.0, checkpointing: str = "none") -> Engine:
+    module, optim = decoder(), OptimConfig(lr=LR, clip=clip)
+    module.set_activation_checkpointing(checkpointing)
+    config = deepspeed_config(
+        ZeroConfig(stage=stage), dtype=dtype, clip=clip, global_batch=4, micro_batch=2, world_size=1
+    )
+    if stage == 3:  # else parameters as small as these are kept whole
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    initial = partial(initial_value, config=MODEL, seed=0)
+    return Engine(module, adamw(module, optim, place.device), config, place, clip=clip, initial=initial)
+
+
+def masters(engine: Engine) -> dict[str, torch.Tensor]:
+    """The fp32 weights that the optimizer steps."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    full = {name: safe_get_full_fp32_param(p) for name, p in engine.module.named_parameters()}
+    return {
+        name: (p if full[name] is None else full[name]).detach().float().clone()  # None: stage 0, no copies
+        for name, p in engine.module.named_parameters()
+    }
+
+
+def steps(engine: Engine, numbers: Iterable[int] = range(3)) -> list[tuple[float, float]]:
+    """Loss and gradient norm of steps of two micro-batches each."""
+    found = []
+    for step in numbers:
+        batches = [batch(2 * step), batch(2 * step + 1)]
+        labelled = sum(int((b.labels != -100).sum()) for b in batches)
+        loss = 0.0
+        for each in batches:
+            out = engine.forward(each)
+            engine.backward(out.loss_sum / labelled)
+            loss += out.ce_sum.item() / labelled
+        found.append((loss, float(engine.update(LR))))
+    return found
+
+
+def plain_steps(count: int = 3, clip: float = 1.0) -> tuple[list[tuple[float, float]], Decoder]:
+    """The same without DeepSpeed: both micro-batches in one backward."""
+    module = decoder()
+    optimizer = adamw(module, OptimConfig(lr=LR), torch.device("cpu"))
+    found = []
+    for step in range(count):
+        batches = [batch(2 * step), batch(2 * step + 1)]
+        labelled = sum(int((b.labels != -100).sum()) for b in batches)
+        outs = [module(b.tokens, b.labels, Packing.of(b.cu_seqlens, 96, 30)) for b in batches]
+        (sum(out.loss_sum for out in outs) / labelled).backward()
+        norm = torch.nn.utils.clip_grad_norm_(module.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append((sum(out.ce_sum.item() for out in outs) / labelled, float(norm)))
+    return found, module
+
+
+@pytest.mark.parametrize(("stage", "dtype"), FP32 + BF16)
+def test_losses_norms_and_weights_are_those_of_a_plain_loop(stage, dtype, one_rank):
+    engine = engine_of(one_rank, stage, dtype, clip=0.3)
+    before = masters(engine)
+    expected, module = plain_steps(clip=0.3)
+    assert all(norm > 0.3 for _, norm in expected), "clipping is not exercised"
+    tolerance = 1e-5 if dtype == "fp32" else 5e-3
+    torch.testing.assert_close(torch.tensor(steps(engine)), torch.tensor(expected), rtol=0, atol=tolerance)
+    after = masters(engine)
+    for name, wanted in module.named_parameters():
+        assert not torch.equal(after[name], before[name]), f"{name} has not moved"
+        if dtype == "fp32":
+            torch.testing.assert_close(after[name], wanted, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert engine.module.layers[1].mlp.router.bias.dtype == torch.float32
+    engine.close()
+
+
+@pytest.mark.parametrize(("stage", "dtype"), BF16)
+def test_bf16_keeps_the_exact_fp32_weights(stage, dtype, one_rank):
+    engine = engine_of(one_rank, stage, dtype)
+    exact = dict(decoder().named_parameters())
+    for name, value in masters(engine).items():
+        assert torch.equal(value, exact[name]), name
+    assert engine.module.embed.weight.dtype == torch.bfloat16
+    engine.close()
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")])
+def test_without_clipping_the_norm_is_still_known(stage, dtype, one_rank):
+    engine = engine_of(one_rank, stage, dtype, clip=0.0)
+    (_, norm), = steps(engine, [0])
+    (_, expected), = plain_steps(1)[0]
+    assert norm == pytest.approx(expected, rel=1e-5 if dtype == "fp32" else 1e-2)
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_recomputing_layers_changes_nothing(stage, one_rank):
+    results = []
+    for mode in ("none", "block"):
+        engine = engine_of(one_rank, stage, "bf16", checkpointing=mode)
+        results.append((steps(engine), masters(engine)))
+        engine.close()
+    assert results[0][0] == results[1][0]
+    for name, value in results[0][1].items():
+        assert torch.equal(value, results[1][1][name]), name
+
+
+def test_evaluation_between_steps_changes_nothing(one_rank):
+    engine = engine_of(one_rank, 3, "bf16")
+    plain = steps(engine)
+    engine.close()
+    engine = engine_of(one_rank, 3, "bf16")
+    first = steps(engine, [0])
+    token_loss, packing = engine.evaluate(batch(99))
+    assert token_loss.shape == (2, 48) and packing.total_tokens == 96 and not token_loss.requires_grad
+    assert engine.module.training
+    assert first + steps(engine, (1, 2)) == plain
+    engine.close()
+
+
+def test_an_update_too_early_is_an_error(one_rank):
+    engine = engine_of(one_rank, 1, "fp32")
+    with pytest.raises(RuntimeError, match="last micro-batch"):
+        engine.update(LR)
+    engine.close()
+
+
+def test_starting_compiles_nothing_and_prints_nothing(one_rank, capfd):
+    import sys
+
+    engine = engine_of(one_rank, 1, "bf16")
+    steps(engine, [0])
+    engine.close()
+    captured = capfd.readouterr()
+    assert captured.out == "" and "DeepSpeed" not in captured.err
+    assert sys.modules["deepspeed.comm.torch"].build_shm_op() is None
+    assert not any(name.startswith("mpi4py") for name in sys.modules)
