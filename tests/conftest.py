@@ -3,6 +3,6 @@
 import os
 from pathlib import Path
 
-devices = [*Path("/dev").glob("nvidia[0-9]*"), *Path("/dev").glob("dxg")]  # without initialising CUDA
+devices = [*Path("/dev").glob("nvidia*"), *Path("/dev").glob("dxg")]  # without initialising CUDA
 if not devices or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
     os.environ.setdefault("TRITON_INTERPRET", "1")

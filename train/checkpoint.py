@@ -22,6 +22,7 @@ from sieve.train.config import RunConfig
 from sieve.train.distributed import barrier
 from sieve.train.engine import Engine
 from sieve.train.rundir import differences, flatten
+from sieve.train.schema import shown
 from sieve.train.state import RunState, random_state, set_random_state
 
 log = logging.getLogger(__name__)
@@ -105,7 +106,7 @@ def check_fits(saved: Saved, config: RunConfig, world_size: int) -> None:
         if key.startswith(_DECISIVE) and key not in _INDIFFERENT
     }
     if found:
-        listed = ", ".join(f"{key}={now} (was {then})" for key, (then, now) in found.items())
+        listed = ", ".join(f"{key}={shown(now)} (was {shown(then)})" for key, (then, now) in found.items())
         raise ValueError(
             f"{saved.path} was saved by a run with other settings: {listed}; restore them, or start another run with "
             "name=..., or resume=never"

@@ -50,8 +50,6 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
     The loss is the sum of the cross entropy over the labelled tokens of the whole global batch over their number, so
     that it does not depend on how rows are spread over micro-batches and ranks.
     """
-    if not step.labelled:
-        raise ValueError(f"step {run.step + 1} has no token with a label: its documents have one token each")
     cross_entropy = torch.zeros((), dtype=torch.float64, device=place.device)
     load: dict[int, Tensor] = {}
     health: defaultdict[str, list[Tensor]] = defaultdict(list)
@@ -63,7 +61,7 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
             load[layer] = load[layer] + tokens if layer in load else tokens
         for name, value in out.health.items():
             health[name].append(value)
-    lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step + 1, run.total_steps)
+    lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step, run.total_steps)
     norm = engine.update(lr)
     for tokens in load.values():
         sum_over_ranks(tokens)

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import os
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -49,8 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return run(config)
     except ValueError as error:
-        if os.environ.get("SIEVE_TRACEBACK"):
-            traceback.print_exc()
+        if not _is_for_the_user(error):
+            raise
         for line in str(error).splitlines():
             print(f"sieve train: {line}", file=sys.stderr)
         return 2
@@ -128,11 +126,23 @@ def _check_batch(config: RunConfig, world_size: int) -> None:
         )
 
 
+def _is_for_the_user(error: ValueError) -> bool:
+    """Whether our own code raised it: then its text says all there is to know. From anything else it is a bug."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("sieve.")
+
+
 @contextlib.contextmanager
 def _only_process(directory: Path) -> Iterator[None]:
     """Held while a run writes to `directory`: two would mix their files. The system frees it with the process."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with (directory.parent / f".{directory.name}.lock").open("a") as lock:
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        lock = (directory.parent / f".{directory.name}.lock").open("a")
+    except OSError as error:
+        raise ValueError(f"runs_dir={directory.parent} cannot be written ({error.strerror}); give another") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

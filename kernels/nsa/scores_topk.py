@@ -25,7 +25,7 @@ from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.topk_rows import pick_blocks
 
 SCRATCH_BYTES = 512 << 20  # of all programs together
-CHUNK = 128  # blocks looked at together: four a lane, so that a query's row stays within a warp
+LOG_CHUNK = 7  # 128 blocks looked at together: four a lane, so that a query's row stays within a warp
 MOST_TOKENS = 32  # of a tile, so that small groups do not multiply the scratch memory
 
 
@@ -94,7 +94,7 @@ def _select(
     num_tokens, num_slots, width, factor,
     HEADS: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    TOPK: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr,
     A_PADDED: tl.constexpr, COLUMNS: tl.constexpr, SLOTS: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = BLOCK // STRIDE
@@ -104,8 +104,6 @@ def _select(
     HEADS_KV: tl.constexpr = HEADS // GROUP
     own_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * TOKENS) * width
     next_ptr = own_ptr + TOKENS * width
-    if B == 1:
-        next_ptr = own_ptr
     column = tl.arange(0, COLUMNS)
     local = tl.arange(0, TOKENS)
     tiles = tl.cdiv(num_tokens, TOKENS)
@@ -154,7 +152,7 @@ def _select(
         out = out_ptr + (token.to(tl.int64) * HEADS_KV + kv_head) * TOPK
         pick_blocks(
             own_ptr + row, next_ptr + row, out, current, seen, token_ok, tl.max(current, 0) + 1,
-            TOKENS, A, INIT, LOCAL, TOPK, WIDTH, CHUNK,
+            TOKENS, A, B > 1, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
         )  # fmt: skip
         tl.debug_barrier()
 
@@ -186,19 +184,20 @@ def select_blocks(
     columns, tile_slots = max(tile.rows, padded), max(tile.slots, a_padded)
     tile_tokens = columns // padded
     # A row of scratch memory: the blocks of the longest document, and one that `next` of the last may go to.
-    width = (triton.cdiv(packing.max_seqlen, geometry.block_size) // CHUNK + 1) * CHUNK
+    log_width = (geometry.topk - 1).bit_length()
+    log_chunk = max(LOG_CHUNK, log_width)
+    width = ((triton.cdiv(packing.max_seqlen, geometry.block_size) >> log_chunk) + 1) << log_chunk
     fit = max(1, SCRATCH_BYTES // (8 * tile_tokens * width))
     work = triton.cdiv(tokens, tile_tokens) * kv_heads
     programs = min(programs or 3 * _multiprocessors(q.device), fit, work)
     scratch = q.new_empty(programs, 2, tile_tokens, width, dtype=torch.float32)
-    top = triton.next_power_of_2(geometry.topk)
     q, k_cmp = unit_stride(q), k_cmp.contiguous()
     _select[(programs,)](
         q, *slot_descriptors(k_cmp, tile_slots), k_cmp, lse.contiguous(), packing.doc, packing.position,
         packing.cu_seqlens, scratch, out, *q.stride()[:2], tokens, slots, width, scale / math.log(2),
         HEADS=heads, GROUP=group, PADDED=padded, D0=d0, D1=d1, KERNEL=geometry.kernel_size,
         STRIDE=geometry.kernel_stride, BLOCK=geometry.block_size, INIT=geometry.init_blocks,
-        LOCAL=geometry.local_blocks, TOPK=geometry.topk, WIDTH=top, CHUNK=CHUNK, A_PADDED=a_padded, COLUMNS=columns,
+        LOCAL=geometry.local_blocks, TOPK=geometry.topk, LOG_WIDTH=log_width, LOG_CHUNK=log_chunk, A_PADDED=a_padded, COLUMNS=columns,
         SLOTS=tile_slots, **tile.options,
     )  # fmt: skip
     return out

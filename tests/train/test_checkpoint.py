@@ -96,19 +96,18 @@ def test_another_format_is_refused(run):
     (["attention.topk=8"], ["attention.topk=8 (was 16)"]),
     (["seq_len=2048", "global_batch=16"], ["seq_len=2048 (was 1024)", "global_batch=16 (was 8)"]),
     (["attention=full"], ["attention.type=full (was nsa)"]),
-    (["model.moe=null"], ["model.moe=None (was None)"]),
+    (["model.moe=null"], ["model.moe.num_experts=null (was 8)"]),
     (["zero=2"], ["zero.stage=2 (was 1)"]),
     (["dtype=bf16"], ["dtype=bf16 (was fp32)"]),
     (["tokenizer=bpe32k"], ["tokenizer.vocab_size=32768 (was 4096)"]),
-    (["optim.clip=2", "schedule=cosine", "seed=1"], ["optim.clip=2.0", "schedule.type=cosine", "seed=1"]),
+    (["optim.clip=2", "schedule=cosine", "seed=1"], ["optim.clip=2 (was 1)", "schedule.type=cosine", "seed=1"]),
 ])
 def test_a_run_with_other_settings_does_not_fit(run, changes, named):
     save_at(run, 1)
     with pytest.raises(ValueError) as error:
         check_fits(find(run.directory, "auto"), load_config(changes), 1)
     for text in named:
-        if "None" not in text:
-            assert text in str(error.value)
+        assert text in str(error.value)
     assert "start another run with name=..., or resume=never" in str(error.value)
 
 

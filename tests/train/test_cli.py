@@ -67,7 +67,7 @@ def test_cfg_job_prints_what_would_run(capsys):
 @pytest.mark.parametrize("arguments", [
     ["stepz=1"], ["--cfg", "all"], ["steps=x", "dtype=fp16"], ["baseline=nothing", "runs_dir=RUNS"],
     ["device=cuda", "runs_dir=RUNS"], ["data=files", "data.paths=[/nowhere/at/all]", "runs_dir=RUNS"],
-    ["resume=5", "runs_dir=RUNS"], ["resume=nowhere", "runs_dir=RUNS"],
+    ["runs_dir=/proc/nothing"], ["resume=5", "runs_dir=RUNS"], ["resume=nowhere", "runs_dir=RUNS"],
 ])
 def test_a_mistake_ends_with_code_2_and_no_traceback(arguments, capsys, tmp_path, monkeypatch, one_rank):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -78,6 +78,12 @@ def test_a_mistake_ends_with_code_2_and_no_traceback(arguments, capsys, tmp_path
     assert all(line.startswith("sieve train: ") for line in lines) and len(lines) == (2 if "steps=x" in arguments else 1)
     key = arguments[0].split("=")[0] if arguments[0] != "data=files" else "data.paths"
     assert key in captured.err
+
+
+def test_what_others_raise_is_no_mistake_of_the_user(monkeypatch, tiny_text, tmp_path, one_rank):
+    monkeypatch.setattr("sieve.train.build.build_stores", lambda *arguments: json.loads("{"))
+    with pytest.raises(json.JSONDecodeError):
+        train([*tiny_text, f"runs_dir={tmp_path}", "steps=1"])
 
 
 def test_two_processes_of_one_run_are_refused(tiny_text, tmp_path, capsys):

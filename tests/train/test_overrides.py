@@ -50,7 +50,7 @@ MISTAKES = [
     ("model.num_heads=7", "model.num_heads=7 is not divisible by model.num_kv_heads=2; num_kv_heads may be one of [1, 7]"),
     ("model.head_dim_qk=31", "model.head_dim_qk=31 is odd"),
     ("model.moe.top_k=99", "model.moe.top_k=99 is more than model.moe.num_experts=8"),
-    ("global_batch=10 micro_batch=4", "global_batch=10 is not divisible by micro_batch=4; micro_batch may be one of 1, 2, 5, 10"),
+    ("global_batch=10 micro_batch=4", "is not divisible by micro_batch=4; micro_batch may be one of 1, 2, 5, 10"),
     ("steps=10 tokens=1e6", "steps=10 and tokens=1000000 are both given; set one of them to null"),
     ("dtype=bf16 zero=0", "dtype=bf16 with zero.stage=0 keeps no fp32 master weights; choose zero=1, 2 or 3"),
     ("seq_len=16", "seq_len=16 is less than attention.kernel_size=32"),

@@ -41,7 +41,7 @@ def plain(inputs, packing, geometry, indices, dense, dtype):
     return out.detach(), torch.autograd.grad(out, inputs, loss_weights(out).to(dtype))
 
 
-@pytest.mark.parametrize("lengths, shape", [([37, 0, 1, 7], (4, 2, 32, 16)), ([5, 1], (3, 1, 48, 32))], ids=str)
+@pytest.mark.parametrize("lengths, shape", [([37, 0, 1, 7], (4, 2, 32, 16)), ([5, 1], (3, 1, 48, 80))], ids=str)
 def test_outputs_and_gradients(lengths, shape, device, dense, poison):
     packing = dense.pack(lengths, device)
     inputs = draw(sum(lengths), *shape, GEOMETRY, device)
@@ -99,6 +99,21 @@ def test_checkpointing_and_the_api(device, dense):
     grads = torch.autograd.grad(call(*inputs), inputs, loss_weights(inputs[0]))
     again = torch.autograd.grad(checkpoint(call, *inputs, use_reentrant=False), inputs, loss_weights(inputs[0]))
     for a, b in zip(grads, again):
+        assert torch.equal(a, b)
+
+
+def test_compiles_in_one_graph(device, dense):
+    packing = dense.pack([8, 4], device)
+    inputs = draw(12, 2, 1, 16, 16, GEOMETRY, device)
+
+    def call(*inputs):
+        out, indices = triton_ops.nsa_attention(*(x * 1.0 for x in inputs), packing, GEOMETRY, scale=0.25)
+        return out * 2.0, indices
+
+    eager, compiled = (f(*inputs) for f in (call, torch.compile(call, fullgraph=True, backend="aot_eager")))
+    for a, b in zip(eager, compiled):
+        assert torch.equal(a, b)
+    for a, b in zip(*(torch.autograd.grad(out[0].square().sum(), inputs) for out in (eager, compiled))):
         assert torch.equal(a, b)
 
 
