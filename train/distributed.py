@@ -48,7 +48,7 @@ class Place:
 def process_group(place: Place) -> Iterator[None]:
     """Have the process group open, CPU tensors by gloo and CUDA tensors by NCCL; one that is open already stays so.
 
-    One process alone meets itself at a port of the system's choice, so that runs beside each other never collide.
+    One process alone needs no address and no port for it, so that runs beside each other never collide.
     """
     if place.device.type == "cuda":
         torch.cuda.set_device(place.device)
@@ -57,8 +57,7 @@ def process_group(place: Place) -> Iterator[None]:
         return
     backend = "cpu:gloo,cuda:nccl" if place.device.type == "cuda" else "gloo"
     if place.world_size == 1:
-        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     try:

@@ -61,7 +61,7 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
             load[layer] = load[layer] + tokens if layer in load else tokens
         for name, value in out.health.items():
             health[name].append(value)
-    lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step, run.total_steps)
+    lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step + 1, run.total_steps)
     norm = engine.update(lr)
     for tokens in load.values():
         sum_over_ranks(tokens)

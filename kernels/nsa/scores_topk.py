@@ -197,7 +197,7 @@ def select_blocks(
         packing.cu_seqlens, scratch, out, *q.stride()[:2], tokens, slots, width, scale / math.log(2),
         HEADS=heads, GROUP=group, PADDED=padded, D0=d0, D1=d1, KERNEL=geometry.kernel_size,
         STRIDE=geometry.kernel_stride, BLOCK=geometry.block_size, INIT=geometry.init_blocks,
-        LOCAL=geometry.local_blocks, TOPK=geometry.topk, LOG_WIDTH=log_width, LOG_CHUNK=log_chunk, A_PADDED=a_padded, COLUMNS=columns,
-        SLOTS=tile_slots, **tile.options,
+        LOCAL=geometry.local_blocks, TOPK=geometry.topk, LOG_WIDTH=log_width, LOG_CHUNK=log_chunk,
+        A_PADDED=a_padded, COLUMNS=columns, SLOTS=tile_slots, **tile.options,
     )  # fmt: skip
     return out

@@ -6,9 +6,8 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from sieve.train.callbacks.callback import Callback
-
 from sieve.train.baseline import Baseline, BaselineMismatch
+from sieve.train.callbacks.callback import Callback
 from sieve.train.rundir import find_run, flatten
 
 if TYPE_CHECKING:

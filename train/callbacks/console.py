@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from sieve.train.callbacks.callback import Callback
 
+from sieve.train.callbacks.callback import Callback
 from sieve.train.text import duration, short_count
 
 if TYPE_CHECKING:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sieve.train.callbacks.callback import Callback
-
 from sieve.train.metrics import moe_metrics
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from sieve.train.callbacks.callback import Callback
 
+from sieve.train.callbacks.callback import Callback
 from sieve.train.metrics import device_peak_flops, mfu, peak_memory_bytes
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
 from pydantic import Field
-from sieve.train.callbacks.callback import Callback
 
 from sieve.model.config import Config
+from sieve.train.callbacks.callback import Callback
 
 if TYPE_CHECKING:
     from sieve.train.state import RunState

@@ -13,7 +13,7 @@ from sieve.kernels.nsa.geometry import Geometry  # noqa: E402
 from sieve.kernels.nsa.layout import Packing  # noqa: E402
 from sieve.kernels.nsa.scores_topk import select_blocks  # noqa: E402
 
-SMALL = Tile(64, 32, 4, 1)
+SMALL = Tile(128, 32, 4, 1)
 
 
 def draw(tokens, slots, heads, kv_heads, d_qk, device, dtype=torch.float32, seed=0):
@@ -60,18 +60,18 @@ def check(indices, q, k, lse, packing, geometry, scale, tolerance):
     chosen = chosen.scatter(2, index.masked_fill(index < 0, rank.shape[2]), True)[..., :-1]
     least = rank.masked_fill(~chosen, float("inf")).amin(-1)
     left = rank.masked_fill(chosen, float("-inf")).amax(-1)
-    assert (left <= least + tolerance * least.abs().clamp(max=1e30)).all()
+    assert (left <= least * (1 + tolerance) + 1e-30).all()  # below it weights vanish in fp32
 
 
 CASES = [  # documents, query heads, KV heads, d_qk, (l, d, l', n, initial, local)
-    ([150], 6, 2, 48, (8, 4, 16, 4, 1, 2)),
+    ([130], 6, 2, 48, (8, 4, 16, 4, 1, 2)),
     ([37, 0, 1, 90], 2, 2, 32, (8, 4, 16, 4, 1, 2)),
     ([120, 60], 3, 1, 80, (8, 8, 32, 2, 1, 1)),
     ([3] * 20 + [70], 5, 1, 32, (4, 4, 4, 3, 0, 2)),
     ([90], 4, 1, 32, (8, 4, 12, 5, 1, 2)),  # 3 slots a block
     ([70], 4, 1, 192, (4, 1, 8, 3, 0, 1)),  # 4 strides a slot
     ([60], 7, 1, 32, (2, 2, 4, 1, 0, 1)),
-    ([24], 64, 1, 32, (2, 1, 2, 64, 1, 2)),  # more places than blocks
+    ([16], 64, 1, 32, (2, 1, 2, 64, 1, 2)),  # more places than blocks
     ([30], 12, 1, 256, (8, 2, 8, 2, 1, 1)),
 ]
 

@@ -1,0 +1,87 @@
+"""Compression and selection compile for Hopper into products that run one after the other without a wait in between.
+
+ptxas falls back to a wait after every wgmma where it finds too few registers, or a load between two products, and says so
+in a remark only; the kernels then lose a good part of their speed.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+PROGRAM = '''
+import importlib.util, json, subprocess, sys, tempfile
+from pathlib import Path
+
+import torch, triton
+from triton.runtime.jit import JITFunction
+
+spec = importlib.util.spec_from_file_location("sm90", sys.argv[1])
+sm90 = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sm90)
+resources = sm90.resources
+
+
+def with_remarks(kernel):
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as ptx:
+        ptx.write(kernel.asm["ptx"])
+        ptx.flush()
+        ptxas = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+        command = [str(ptxas), "-v", "--gpu-name=sm_90a", ptx.name, "-o", "/dev/null"]
+        remarks = subprocess.run(command, capture_output=True, text=True, check=True)
+    return resources(kernel) | {"serialized": "serialized" in remarks.stdout + remarks.stderr}
+
+
+sm90.resources = with_remarks
+JITFunction.run = sm90.compile_launch
+torch.empty, torch.Tensor.new_empty, torch.empty_like = torch.zeros, torch.Tensor.new_zeros, torch.zeros_like
+
+from sieve.kernels.nsa.compress_bwd import compressed_attention_bwd
+from sieve.kernels.nsa.compress_fwd import compressed_attention_fwd
+from sieve.kernels.nsa.scores_topk import select_blocks
+
+heads, kv_heads, d_qk, d_v = map(int, sys.argv[2:6])
+(q, k, v, *_), do, packing, geometry = sm90.draw(heads, kv_heads, d_qk, d_v, getattr(torch, sys.argv[6]))
+_, lse = compressed_attention_fwd(q, k, v, packing, geometry, scale=0.1)
+compressed_attention_bwd(do, q, k, v, lse, lse, packing, geometry, scale=0.1, dq=torch.zeros_like(q))
+select_blocks(q, k, lse, packing, geometry, scale=0.1)
+'''
+
+
+def compiled(*shape):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", PROGRAM, str(Path(__file__).parents[1] / "sm90.py"), *map(str, shape)]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-3000:]
+    kernels = {k.pop("kernel").split(".")[1]: k for k in map(json.loads, run.stdout.splitlines())}
+    assert set(kernels) == {"_forward", "_backward_q", "_prepare", "_backward_kv", "_select"}
+    assert all(k["shared_kb"] <= 227 for k in kernels.values())
+    del kernels["_prepare"]  # no products
+    return kernels
+
+
+def test_main_shape():
+    for name, kernel in compiled(64, 4, 128, 128, "bfloat16").items():
+        assert kernel["wgmma"] and not kernel["mma"] and not kernel["serialized"] and not kernel["stack"], (name, kernel)
+
+
+SHAPES = [(64, 4, 192, 128), (16, 4, 128, 128), (32, 8, 128, 128), (16, 8, 64, 64), (12, 1, 80, 96), (64, 1, 96, 32)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_other_shapes(shape):
+    for name, kernel in compiled(*shape, "bfloat16").items():
+        assert kernel["wgmma"] and not kernel["mma"] and not kernel["serialized"], (name, kernel)
+        assert kernel["stack"] <= 64, (name, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_widest_heads(dtype):
+    compiled(4, 4, 256, 256, dtype)

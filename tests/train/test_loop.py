@@ -1,0 +1,92 @@
+"""One step, and a run of a few: what the records say, and that they do not depend on how a batch is cut."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from sieve.train.overrides import load_config
+from sieve.train.run import run
+from sieve.train.schedule import ratio
+
+STEPS = 6
+
+
+def train(tiny_text: list[str], tmp_path: Path, name: str, *settings: str) -> list[dict]:
+    config = load_config([*tiny_text, f"steps={STEPS}", f"runs_dir={tmp_path}", f"name={name}", *settings])
+    assert run(config) == 0
+    return [json.loads(line) for line in (config.directory / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def rows(tiny_text, tmp_path, one_rank) -> list[dict]:
+    return train(tiny_text, tmp_path, "run", "attention=nsa", "schedule.warmup=2", "micro_batch=2")
+
+
+def test_a_record_has_every_metric(rows, tmp_path):
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert [row["tokens"] for row in rows] == [4 * 64 * step for step in range(1, STEPS + 1)]
+    config = load_config(["schedule.warmup=2"])
+    for row in rows:
+        assert row["train/lr"] == pytest.approx(1e-2 * ratio(config.schedule, row["step"], STEPS))
+        assert 0 < row["train/loss"] < 2 * math.log(300) and row["train/grad_norm"] > 0
+        assert len(row["data/tokens_hash"]) == 32 and row["data/epoch"] == 0
+        for part in ("gate_cmp", "gate_slc", "gate_win", "selected_distance", "forced_share", "selection_overlap"):
+            assert f"nsa/layer_01/{part}" in row
+        assert {"perf/tokens_per_second", "perf/step_seconds", "perf/peak_memory_bytes"} <= row.keys()
+        assert ("eval/loss" in row) is (row["step"] % 3 == 0)
+    assert len({row["data/tokens_hash"] for row in rows}) == STEPS
+    assert {key for key in rows[2] if key.startswith("eval/loss_pos")} == {
+        f"eval/loss_pos_{2**i:04d}" for i in range(7)
+    }
+    # Position 1 is a row's first token: almost nothing to go by; weights of a bucket add up to the whole.
+    buckets = [rows[-1][f"eval/loss_pos_{2**i:04d}"] for i in range(7)]
+    assert min(buckets) <= rows[-1]["eval/loss"] <= max(buckets)
+
+
+def test_the_router_is_balanced_after_every_step(rows):
+    # Every expert's bias moves by the rate, up or down, unless its load is the mean exactly.
+    rate, experts = 1e-3, 4
+    assert 0 < rows[0]["moe/layer_01/bias_norm"] <= rate * math.sqrt(experts) * (1 + 1e-6)
+    assert rows[0]["moe/layer_01/bias_norm"] >= rate * 0.999
+    assert max(row["moe/layer_01/bias_norm"] for row in rows) > rate * math.sqrt(experts)
+    assert all(row["moe/layer_01/load_max"] >= 1 for row in rows)
+
+
+def test_the_loss_does_not_depend_on_micro_batches(rows, tiny_text, tmp_path):
+    for size in (1, 4):
+        cut = train(tiny_text, tmp_path, f"cut-{size}", "attention=nsa", "schedule.warmup=2", f"micro_batch={size}")
+        for ours, theirs in zip(cut, rows, strict=True):
+            assert ours["data/tokens_hash"] == theirs["data/tokens_hash"]
+            for key in {"train/loss", "train/grad_norm", "eval/loss"} & theirs.keys():
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_the_run_directory_describes_the_run(rows, tmp_path):
+    folder = tmp_path / "run"
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config["attention"]["type"] == "nsa" and config["optim"]["weight_decay"] == 0.1
+    zero = json.loads((folder / "deepspeed.json").read_text())
+    assert (zero["train_batch_size"], zero["train_micro_batch_size_per_gpu"], zero["gradient_accumulation_steps"]) == (4, 2, 2)
+    facts = json.loads((folder / "environment.json").read_text())
+    assert facts["parameters"]["total"] > 0 and facts["dense_flops_per_token"] > 0
+    assert sorted(p.name for p in folder.glob("checkpoints/step-*")) == ["step-00000004", "step-00000006"]
+    assert not list(folder.glob(".*.tmp"))
+
+
+def test_few_records_when_few_are_asked_for(tiny_text, tmp_path, one_rank):
+    sparse = train(tiny_text, tmp_path, "sparse", "attention=full", "log.every=4", "eval.every=5")
+    assert [row["step"] for row in sparse] == [4, 5, 6]
+    assert "train/loss" not in sparse[1] and "eval/loss" in sparse[1] and "eval/loss" in sparse[2]
+
+
+def test_twins_read_the_same_tokens(rows, tiny_text, tmp_path):
+    full = train(
+        tiny_text, tmp_path, "full", "attention=full", "schedule.warmup=2", f"baseline={tmp_path}/run", "dtype=bf16",
+    )
+    assert [row["data/tokens_hash"] for row in full] == [row["data/tokens_hash"] for row in rows]
+    assert full[0]["baseline/loss_gap"] == pytest.approx(full[0]["train/loss"] - rows[0]["train/loss"])
