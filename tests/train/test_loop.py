@@ -48,9 +48,10 @@ def test_a_record_has_every_metric(rows, tmp_path):
     assert min(buckets) <= rows[-1]["eval/loss"] <= max(buckets)
 
 
-def test_the_router_is_balanced_after_every_step(rows):
+def test_the_router_is_balanced_after_every_step(rows, tiny_text):
     # Every expert's bias moves by the rate, up or down, unless its load is the mean exactly.
-    rate, experts = 1e-3, 4
+    moe = load_config(tiny_text).model.moe
+    rate, experts = moe.bias_update_rate, moe.num_experts
     assert 0 < rows[0]["moe/layer_01/bias_norm"] <= rate * math.sqrt(experts) * (1 + 1e-6)
     assert rows[0]["moe/layer_01/bias_norm"] >= rate * 0.999
     assert max(row["moe/layer_01/bias_norm"] for row in rows) > rate * math.sqrt(experts)
