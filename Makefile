@@ -6,6 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXTRAS := dev$(shell nvidia-smi -L >/dev/null 2>&1 && echo ,gpu)
 ARGS ?=
+# Packages are installed without bytecode, which their first import writes: without it every process compiles for 20 s.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: train test test-gpu test-slow lint setup clean
 

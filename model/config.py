@@ -154,3 +154,14 @@ class AttentionConfig(Config):
                 "give one type a layer, or a pattern whose length divides the number of layers"
             )
         return pattern * (num_layers // len(pattern))
+
+
+class LossConfig(Config):
+    """z_loss: coefficient of the squared log-partition (PaLM, arXiv 2204.02311, section 5), added per labelled token.
+
+    impl: "torch" (any device) or "liger" (liger-kernel's fused Triton kernels, CUDA only); "auto" prefers liger.
+    """
+
+    z_loss: float = Field(0.0, ge=0)
+    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (impl torch; liger has its own)")
+    impl: Literal["auto", "torch", "liger"] = "auto"

@@ -11,10 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.block import Block
-from sieve.model.config import AttentionConfig, ModelConfig
+from sieve.model.config import AttentionConfig, LossConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.head import Head
-from sieve.model.loss import IGNORE, LossConfig
+from sieve.model.loss import IGNORE
 from sieve.model.norm import RMSNorm
 
 Checkpointing = Literal["none", "block"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from sieve.model.loss import LossConfig, LossSums, linear_cross_entropy
+from sieve.model.config import LossConfig
+from sieve.model.loss import LossSums, linear_cross_entropy
 
 
 class Head(nn.Module):

@@ -8,25 +8,13 @@ import logging
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from sieve.model.config import Config
+from sieve.model.config import LossConfig
 
 IGNORE = -100
 
 logger = logging.getLogger(__name__)
-
-
-class LossConfig(Config):
-    """z_loss: coefficient of the squared log-partition (PaLM, arXiv 2204.02311, section 5), added per labelled token.
-
-    impl: "torch" (any device) or "liger" (liger-kernel's fused Triton kernels, CUDA only); "auto" prefers liger.
-    """
-
-    z_loss: float = Field(0.0, ge=0)
-    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (impl torch; liger has its own)")
-    impl: Literal["auto", "torch", "liger"] = "auto"
 
 
 class LossSums(NamedTuple):
@@ -54,7 +42,7 @@ def linear_cross_entropy(
     return LossSums(loss, token.sum(), token if per_token else None)
 
 
-def resolve_impl(impl: str, device: torch.device) -> Literal["torch", "liger"]:
+def resolve_impl(impl: str, device: torch.device) -> Literal[torch, liger]:
     """Which implementation runs; "auto" logs its choice once. ValueError when liger is asked for and cannot be had."""
     if impl == "torch":
         return "torch"

@@ -9,8 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from sieve.data.config import DataConfig, TokenizerConfig
-from sieve.model.config import AttentionConfig, Config, ModelConfig
-from sieve.model.loss import LossConfig
+from sieve.model.config import AttentionConfig, Config, LossConfig, ModelConfig
 from sieve.train.callbacks.checkpoint import CheckpointConfig
 from sieve.train.callbacks.evaluate import EvalConfig
 from sieve.train.callbacks.wandb import LoggerConfig

@@ -36,7 +36,7 @@ def forward_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
 def dq_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
         return Tile(32, 32, 4, 1)
-    return Tile(64, 64, 4, 2)
+    return Tile(64, 64 if d_qk + d_v <= 384 else 32, 4, 2)
 
 
 def dkv_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:

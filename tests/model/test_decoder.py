@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sieve.model.loss import LossConfig
+from sieve.model.config import LossConfig
 
 ATTENTION = [("full", {}), ("window", {}), ("nsa", {}), ("nsa", {"layers": ("nsa", "full"), "share_kv": True})]
 HEALTH = {"gate_cmp", "gate_slc", "gate_win", "selected_distance", "forced_share", "selection_overlap"}

@@ -3,7 +3,8 @@ import logging
 import pytest
 import torch
 
-from sieve.model.loss import LossConfig, linear_cross_entropy, resolve_impl
+from sieve.model.config import LossConfig
+from sieve.model.loss import linear_cross_entropy, resolve_impl
 
 T, D, V = 50, 12, 37
 
