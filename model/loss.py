@@ -42,7 +42,7 @@ def linear_cross_entropy(
     return LossSums(loss, token.sum(), token if per_token else None)
 
 
-def resolve_impl(impl: str, device: torch.device) -> Literal[torch, liger]:
+def resolve_impl(impl: str, device: torch.device) -> Literal["torch", "liger"]:
     """Which implementation runs; "auto" logs its choice once. ValueError when liger is asked for and cannot be had."""
     if impl == "torch":
         return "torch"
