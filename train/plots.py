@@ -40,7 +40,7 @@ def plot_comparison(run: RunFiles, baseline: RunFiles, comparison: Comparison, p
         axes[1, 1].xaxis.set_major_formatter(FuncFormatter(lambda value, _: duration(value)))
     axes[0, 0].set_ylabel("loss (nats per token)")
     axes[1, 0].set_ylabel("gap (nats)")
-    axes[0, 0].legend(frameon=False, loc="upper right")
+    axes[0, 0].legend(frameon=False, loc="best")
     axes[0, 0].set_title("at equal tokens", loc="left", fontsize=10, color=_INK)
     title = f"{run.name} − {baseline.name} (below 0: {run.name} is ahead)"
     for axis in axes[1]:
