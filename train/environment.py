@@ -32,7 +32,9 @@ def environment(config: RunConfig, place: Place, vocab_size: int) -> dict[str, A
     return {
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
         "python": platform.python_version(),
-        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None},
+        # torch's package may leave out which build it is (2.13.0 of 2.13.0+cu130).
+        "packages": {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+        | {"torch": str(torch.__version__)},
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "device": place.device.type,
