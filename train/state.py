@@ -21,6 +21,8 @@ class RunState:
     step, tokens: done so far, tokens by all ranks together. model_flops: training FLOPs per token by part.
     data: the loader's state after `step`. resumed_from: the step of the checkpoint that this process began with.
     evaluated_step: the last step with an evaluation. stopping: whether the run ends after this step, unfinished.
+    failure: why it cannot go on after this step, else None. save_requested: whether somebody wants a checkpoint of it.
+    guard: of sieve.train.guard, None before the first step.
     health, expert_load, router_bias: of the last logged step, see DecoderOutput; means and sums over the global batch.
     """
 
@@ -37,9 +39,17 @@ class RunState:
     wandb_id: str | None = None
     evaluated_step: int = 0
     stopping: bool = False
+    failure: str | None = None
+    save_requested: bool = False
+    guard: dict[str, Any] | None = None
     health: dict[str, Tensor] = field(default_factory=dict)
     expert_load: dict[int, Tensor] = field(default_factory=dict)
     router_bias: dict[int, Tensor] = field(default_factory=dict)
+
+    @property
+    def ending(self) -> bool:
+        """Whether no step follows, although the run is not finished."""
+        return self.stopping or self.failure is not None
 
 
 def random_state() -> dict[str, Any]:
