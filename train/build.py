@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from sieve.model.init import initial_value, initialize
 from sieve.train import checkpoint
 from sieve.train.callbacks.baseline import BaselineCallback, resolve_baseline
 from sieve.train.callbacks.callback import Callback, Callbacks
+from sieve.train.callbacks.check import Parity, SelfCheck
 from sieve.train.callbacks.checkpoint import Checkpoint
 from sieve.train.callbacks.console import Console
 from sieve.train.callbacks.evaluate import Evaluate
@@ -27,11 +29,16 @@ from sieve.train.callbacks.health import Health
 from sieve.train.callbacks.jsonl import Jsonl
 from sieve.train.callbacks.speed import Speed
 from sieve.train.callbacks.wandb import Wandb
+from sieve.train.callbacks.watchdog import Watchdog
 from sieve.train.config import RunConfig
-from sieve.train.distributed import Place, sum_over_ranks
+from sieve.train.distributed import Place, any_rank, sum_over_ranks
 from sieve.train.engine import Engine
 from sieve.train.environment import environment
 from sieve.train.optim import adamw
+from sieve.train.parity import check_parity
+from sieve.train.saver import Saver
+from sieve.train.selfcheck import AttentionCheck
+from sieve.train.signals import StopSignal
 from sieve.train.state import RunState
 from sieve.train.zero import deepspeed_config
 
@@ -48,7 +55,7 @@ class Training:
     callbacks: Callback
 
 
-def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Training:
+def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop: StopSignal) -> Training:
     """Read the text, make the model, load `start` if there is one, and write what describes the run into its folder.
 
     ValueError where the config asks for something that this machine or the text cannot give.
@@ -72,13 +79,18 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     )
     if start is not None:
         checkpoint.restore(start, run, engine)
-    loader = RowLoader(
+    open_loader = partial(
+        RowLoader,
         stores.train, seq_len=config.seq_len, global_batch=config.global_batch, micro_batch=config.micro_batch,
-        rank=place.rank, world_size=place.world_size, seed=config.seed, state=run.data,
+        rank=place.rank, world_size=place.world_size, seed=config.seed,
     )
+    loader = resumed_loader(open_loader, run)
     listeners = Callbacks([
+        Watchdog(config.watchdog, stop),
         Speed(place.device, sum(facts["flops_per_token"].values()), facts["dense_flops_per_token"]),
         Health(),
+        Parity(config.check.parity_every, partial(check_parity, module)),
+        SelfCheck(config.check, AttentionCheck(module, config.check.attention_tokens)),
         *([] if baseline is None else [BaselineCallback(baseline, mismatch=config.baseline_mismatch)]),
         Jsonl(),
         Wandb(config.logger),
@@ -86,9 +98,22 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     ])
     return Training(run, engine, loader, Callbacks([
         listeners,
-        Evaluate(config.eval, evaluation(config, place, stores, engine), listeners),
-        Checkpoint(config.checkpoint, partial(checkpoint.save, engine=engine, keep=config.checkpoint.keep), listeners),
+        Evaluate(config.eval, evaluation(config, place, stores, engine, stop), listeners),
+        Checkpoint(config.checkpoint, Saver(config.checkpoint, engine, place), listeners),
     ]))
+
+
+def resumed_loader(open_loader: Callable[..., RowLoader], run: RunState) -> RowLoader:
+    """The loader where `run` stands; ValueError when its text is another one, which resume_mismatch=allow has it read from
+    the beginning."""
+    try:
+        return open_loader(state=run.data)
+    except ValueError as error:
+        if run.data is None or run.config.resume_mismatch == "refuse":
+            raise
+        log.warning("%s; its text is read from the beginning, as resume_mismatch=allow says", error)
+        run.data, run.tokens_before = None, run.tokens
+        return open_loader(state=None)
 
 
 def build_model(config: RunConfig, device: torch.device, vocab_size: int) -> Decoder:
@@ -110,8 +135,9 @@ def describe(config: RunConfig, zero: dict[str, Any], facts: dict[str, Any]) -> 
     _write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
 
 
-def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine) -> Any:
-    """A function that measures the loss on the validation text: always the same rows, spread over the ranks.
+def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine, stop: StopSignal) -> Any:
+    """A function that measures the loss on the validation text: always the same rows, spread over the ranks. It calls
+    what it is given after each micro-batch, and gives up with None when the run is to stop.
 
     ValueError already here when that text has not one row.
     """
@@ -123,12 +149,15 @@ def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine) 
     if config.eval.every:
         batches()
 
-    def evaluate() -> dict[str, float]:
+    def evaluate(alive: Callable[[], None]) -> dict[str, float] | None:
         total = PositionLoss(config.seq_len, bytes_of)
         for batch in batches():
             batch = batch.to(place.device)
             token_loss, packing = engine.evaluate(batch)
             total.add(token_loss, batch.labels, packing.position)
+            alive()
+            if any_rank(stop.requested is not None):
+                return None
         sum_over_ranks(total.sums)
         return total.metrics()
 

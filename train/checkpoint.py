@@ -222,7 +222,7 @@ def restore(saved: Saved, run: RunState, engine: Engine) -> None:
         torch.manual_seed((run.config.seed + 1_000_003 * manifest["step"] + run.rank + 1) % 2**63)
     run.step = run.resumed_from = manifest["step"]
     run.tokens, run.data, run.evaluated_step = manifest["tokens"], manifest["data"], manifest["evaluated_step"]
-    run.guard = manifest["guard"]
+    run.tokens_before, run.guard = manifest["tokens_before"], manifest["guard"]
     if saved.path.resolve().is_relative_to(run.directory.resolve()):  # else it is another run's, in wandb too
         run.wandb_id = manifest["wandb_id"]
 

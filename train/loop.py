@@ -86,7 +86,7 @@ def train_step(
     loss = total / step.labelled
     before = run.data
     run.step += 1
-    run.tokens += step.tokens
+    run.tokens = run.tokens_before + step.state["tokens"]
     run.data = step.state
     why = guard.judge(loss, float(norm) if skipped else 0.0, bool(skipped))
     run.guard = guard.state

@@ -95,7 +95,7 @@ def _flat_groups(names: dict[int, str], module: nn.Module, zero: Any) -> _Found:
         mapping = parameter._hp_mapping
         if mapping is None:  # lies in other ranks' partitions
             continue
-        flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+        flat, = zero.optimizer.param_groups[mapping.param_group_index]["params"]
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
         yield names[id(parameter)], parameter, here.start, flat, there.start, here.numel
 

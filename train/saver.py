@@ -80,13 +80,14 @@ class Saver:
         self.copy.take(pieces, buffers if self.place.rank == 0 else {})
         generators = io.BytesIO()
         torch.save(random_state(), generators)
-        self._manifest = {
-            "format": FORMAT, "step": run.step, "tokens": run.tokens, "tokens_hash": (run.data or {}).get("hash"),
-            "evaluated_step": run.evaluated_step, "world_size": run.world_size,
+        manifest = {
+            "format": FORMAT, "step": run.step, "tokens": run.tokens, "tokens_before": run.tokens_before,
+            "tokens_hash": (run.data or {}).get("hash"), "evaluated_step": run.evaluated_step, "world_size": run.world_size,
             "zero_stage": run.config.zero.stage, "wandb_id": run.wandb_id, "guard": run.guard, "data": run.data,
             "parameters": {**shapes(self.engine.module), **{n: list(b.shape) for n, b in buffers.items()}},
             "buffers": sorted(buffers), "config": run.config.dump(),
         }
+        self._manifest = (json.dumps(manifest, indent=1) + "\n").encode()
         self.pending, self._committing, self._stall = True, False, time.monotonic() - self._began
         self._job = self._thread.submit(self._write, generators.getvalue())
 
@@ -133,7 +134,7 @@ class Saver:
 
     def _commit(self, files: list[tuple[str, str]]) -> None:
         """In rank 0's thread: after this the checkpoint exists, whole; before, nothing of it does."""
-        _, digest = write_bytes(self._partial / MANIFEST, (json.dumps(self._manifest, indent=1) + "\n").encode())
+        _, digest = write_bytes(self._partial / MANIFEST, self._manifest)
         listed = "".join(f"{sha256}  {name}\n" for name, sha256 in [*files, (MANIFEST, digest)])
         write_bytes(self._partial / COMPLETE, listed.encode())
         wanted = {name for name, _ in files} | {MANIFEST, COMPLETE}

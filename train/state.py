@@ -18,7 +18,8 @@ from sieve.train.config import RunConfig
 class RunState:
     """Changed by the training loop alone.
 
-    step, tokens: done so far, tokens by all ranks together. model_flops: training FLOPs per token by part.
+    step, tokens: done so far, tokens by all ranks together. tokens_before: of them, those of another text that the run
+    began with, which the loader's state does not count. model_flops: training FLOPs per token by part.
     data: the loader's state after `step`. resumed_from: the step of the checkpoint that this process began with.
     evaluated_step: the last step with an evaluation. stopping: whether the run ends after this step, unfinished.
     failure: why it cannot go on after this step, else None. save_requested: whether somebody wants a checkpoint of it.
@@ -34,6 +35,7 @@ class RunState:
     model_flops: dict[str, float]
     step: int = 0
     tokens: int = 0
+    tokens_before: int = 0
     data: dict[str, Any] | None = None
     resumed_from: int | None = None
     wandb_id: str | None = None
