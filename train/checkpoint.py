@@ -114,7 +114,7 @@ def damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
         except OSError as error:
             return f"{name}: {error.strerror}"
         if found != expected:
-            return f"{name} is damaged: its sha256 is {found[:12]}... instead of {expected[:12]}..."
+            return f"{name} is damaged: its sha256 {found} is not the one in {COMPLETE}"
     return None
 
 

@@ -58,7 +58,7 @@ def pieces(stage: int, module: nn.Module, zero: Any, optimizer: torch.optim.Opti
     names = {id(p): name for name, p in module.named_parameters()}
     found = {0: _whole, 1: _flat_groups, 2: _flat_groups, 3: _sub_groups}[stage]
     result = []
-    for name, parameter, start, flat, offset, count in found(names, module, zero):
+    for name, start, flat, offset, count in found(names, module, zero):
         state = optimizer.state[flat]
         if not state:
             state.update(empty_state(flat, optimizer))
@@ -80,14 +80,14 @@ def refresh(stage: int, zero: Any) -> None:
             zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
 
 
-# Each yields name, parameter, first element of it that is here, the flat tensor that the optimizer steps, where in it
-# that element lies, and how many follow.
-_Found = Iterator[tuple[str, nn.Parameter, int, Tensor, int, int]]
+# Each yields a parameter's name, its first element that is here, the flat tensor that the optimizer steps, where in it that
+# element lies, and how many follow.
+_Found = Iterator[tuple[str, int, Tensor, int, int]]
 
 
 def _whole(names: dict[int, str], module: nn.Module, zero: Any) -> _Found:
     for parameter in module.parameters():
-        yield names[id(parameter)], parameter, 0, parameter, 0, parameter.numel()
+        yield names[id(parameter)], 0, parameter, 0, parameter.numel()
 
 
 def _flat_groups(names: dict[int, str], module: nn.Module, zero: Any) -> _Found:
@@ -97,7 +97,7 @@ def _flat_groups(names: dict[int, str], module: nn.Module, zero: Any) -> _Found:
             continue
         flat, = zero.optimizer.param_groups[mapping.param_group_index]["params"]
         here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
-        yield names[id(parameter)], parameter, here.start, flat, there.start, here.numel
+        yield names[id(parameter)], here.start, flat, there.start, here.numel
 
 
 def _sub_groups(names: dict[int, str], module: nn.Module, zero: Any) -> _Found:
@@ -108,5 +108,5 @@ def _sub_groups(names: dict[int, str], module: nn.Module, zero: Any) -> _Found:
             start = size * torch.distributed.get_rank(parameter.ds_process_group)
             count = min(size, parameter.ds_numel - start)
             if count > 0:
-                yield names[id(parameter)], parameter, start, flat, offset, count
+                yield names[id(parameter)], start, flat, offset, count
             offset += size
