@@ -98,7 +98,7 @@ def test_what_is_passed_over_is_told(run, save_at, caplog):
     assert find(run.directory, "auto").step == 1
     told = [record.getMessage() for record in caplog.records]
     assert "step-00000003: is no complete checkpoint: it has no file COMPLETE" in told[0]
-    assert "step-00000002: rank-00000.safetensors is damaged: its sha256 is " in told[1]
+    assert "step-00000002: rank-00000.safetensors is damaged: its sha256 " in told[1]
 
 
 def test_a_run_of_which_nothing_is_whole_is_not_begun_anew_in_silence(run, save_at):
