@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, forward_tile, seen_of, slot_descriptors, unit_stride
+from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, forward_tile, seen_of, slot_descriptors, unit_stride, whole_slots
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 
@@ -73,10 +73,7 @@ def _forward(
     if D1 > 0:
         q1 = tl.load(q_at + D0 + tl.arange(0, D1)[None, :])
     last_token = tl.minimum(first_token + TOKENS, num_tokens) - 1
-    first_position = tl.load(position_ptr + first_token)
-    last_position = tl.load(position_ptr + last_token)
-    first_doc = tl.load(doc_ptr + first_token)
-    last_doc = tl.load(doc_ptr + last_token)
+    begin, whole = whole_slots(doc_ptr, position_ptr, cu_ptr, first_token, last_token, SLOTS, KERNEL, STRIDE)
     row_doc = tl.load(doc_ptr + token)
     row_seen = seen_of(tl.load(position_ptr + token), KERNEL, STRIDE)
 
@@ -84,16 +81,17 @@ def _forward(
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, E0], tl.float32)
     acc1 = tl.zeros([ROWS, E1 if E1 > 0 else 1], tl.float32)
+    acc0, acc1, top, total = _sweep(
+        acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen, factor,
+        D0, D1, E0, E1, SLOTS, False,
+    )  # fmt: skip
+    first_doc = tl.load(doc_ptr + first_token)
+    # A document that begins within the tile shows its queries there none of its slots, where the tile is short.
+    last_doc = tl.load(doc_ptr + last_token) if TOKENS > KERNEL else first_doc
     for doc in range(first_doc, last_doc + 1):
-        begin, whole, end = doc_slots(
-            doc, last_doc, cu_ptr, first_position, last_position, first_doc == last_doc, SLOTS, KERNEL, STRIDE
-        )
+        begin, end = doc_slots(doc, doc_ptr, position_ptr, cu_ptr, last_token, KERNEL, STRIDE)
         acc0, acc1, top, total = _sweep(
-            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen, factor,
-            D0, D1, E0, E1, SLOTS, False,
-        )  # fmt: skip
-        acc0, acc1, top, total = _sweep(
-            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, whole, end,
+            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, tl.maximum(begin, whole), end,
             tl.where(row_doc == doc, begin + row_seen, 0), factor, D0, D1, E0, E1, SLOTS, True,
         )  # fmt: skip
 

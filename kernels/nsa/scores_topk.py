@@ -101,6 +101,7 @@ def _select(
     B: tl.constexpr = KERNEL // STRIDE
     BLOCKS: tl.constexpr = SLOTS // A_PADDED
     TOKENS: tl.constexpr = COLUMNS // PADDED
+    PICKED: tl.constexpr = min(TOKENS, 8)  # queries at a time, for their ranks to fit into registers
     HEADS_KV: tl.constexpr = HEADS // GROUP
     own_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * TOKENS) * width
     next_ptr = own_ptr + TOKENS * width
@@ -114,9 +115,8 @@ def _select(
         token_ok = first_token + local < num_tokens
         doc = tl.load(doc_ptr + token)
         position = tl.load(position_ptr + token)
-        current = position // BLOCK
         # A query with no more candidates than it may choose takes them all, whatever they weigh.
-        seen = tl.where(current >= TOPK, seen_of(position, KERNEL, STRIDE), 0)
+        seen = tl.where(position // BLOCK >= TOPK, seen_of(position, KERNEL, STRIDE), 0)
 
         column_token = first_token + column // PADDED
         column_ok = (column_token < num_tokens) & (column % PADDED < GROUP)
@@ -148,12 +148,18 @@ def _select(
                 HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, True,
             )  # fmt: skip
         tl.debug_barrier()  # the scratch memory was written by other threads than will read it
-        row = local.to(tl.int64) * width
-        out = out_ptr + (token.to(tl.int64) * HEADS_KV + kv_head) * TOPK
-        pick_blocks(
-            own_ptr + row, next_ptr + row, out, current, seen, token_ok, tl.max(current, 0) + 1,
-            TOKENS, A, B > 1, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
-        )  # fmt: skip
+        for part in range(0, TOKENS, PICKED):
+            picked = part + tl.arange(0, PICKED)
+            row = picked.to(tl.int64) * width
+            picked += first_token
+            picked_ok = picked < num_tokens
+            picked = tl.minimum(picked, num_tokens - 1)
+            at = tl.load(position_ptr + picked)
+            pick_blocks(
+                own_ptr + row, next_ptr + row, out_ptr + (picked.to(tl.int64) * HEADS_KV + kv_head) * TOPK, at // BLOCK,
+                tl.where(at // BLOCK >= TOPK, seen_of(at, KERNEL, STRIDE), 0), picked_ok,
+                PICKED, A, B > 1, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
+            )  # fmt: skip
         tl.debug_barrier()
 
 
