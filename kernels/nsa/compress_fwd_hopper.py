@@ -11,7 +11,6 @@ move a bit of it.
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -30,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import copyable
+from sieve.kernels.nsa.compress_tiles import copyable, multiprocessors
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 
@@ -262,7 +261,8 @@ def _forward(
                 KERNEL, STRIDE, SLOTS, STAGES,
             )),
             (_load, (
-                q_desc0, q_desc1, k_desc0, k_desc1, v_desc, q0, q1, k0, k1, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+                q_desc0, q_desc1, k_desc0, k_desc1, v_desc,
+                q0, q1, k0, k1, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
                 doc_ptr, position_ptr, cu_ptr, num_tokens, total_work, factor, o_ptr, lse_ptr, HEADS, GROUP, D0, D1, E0,
                 KERNEL, STRIDE, SLOTS, STAGES,
             )),
@@ -270,11 +270,6 @@ def _forward(
         [1],
         [24],
     )
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def serves(q: Tensor, kv_heads: int, d_v: int, geometry: Geometry) -> bool:
@@ -315,7 +310,7 @@ def compressed_attention_fwd(
     v = copyable(v_cmp.contiguous()).view(num_slots, -1)
     tile_tokens = 128 // group
     work = triton.cdiv(tokens, tile_tokens) * kv_heads
-    _forward[(min(work, _multiprocessors(q.device)),)](
+    _forward[(min(work, multiprocessors(q.device)),)](
         _descriptor(q, [tile_tokens, group, d0]), _descriptor(q, [tile_tokens, group, d1 or d0]),
         _descriptor(k, [slots, d0]), _descriptor(k, [slots, d1 or d0]), _descriptor(v, [slots, d_v]),
         packing.doc, packing.position, packing.cu_seqlens, o, lse, tokens, work, scale / math.log(2),

@@ -10,7 +10,6 @@ it: bounded by the number of programs that run at once, not by the number of que
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import Tile, exponent, seen_of, slot_descriptors, unit_stride
+from sieve.kernels.nsa.compress_tiles import Tile, exponent, multiprocessors, seen_of, slot_descriptors, unit_stride
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.topk_rows import pick_blocks
@@ -35,12 +34,16 @@ def scores_tile(group: int, d_qk: int, dtype: torch.dtype) -> Tile:
     columns = min(128, MOST_TOKENS * padded)
     if dtype == torch.float32:
         return Tile(max(min(columns, 32), padded), 32, 4, 1)
-    return Tile(max(columns, 16), 64, 4, 2, 168 if columns == 128 and d_qk <= 128 else None)
+    # 168 registers: three programs of 4 warps a multiprocessor, which sort, take exponentials and multiply by turns.
+    return Tile(max(columns, 16), 64, 4, 2, 168 if d_qk <= 128 else None)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def resident_programs(tile: Tile, d_qk: int, itemsize: int) -> int:
+    """How many programs run on a multiprocessor at once, so that one wave takes all the work: by registers, and by the
+    shared memory of a tile of queries, the stages of keys and what sums and sorts pass through."""
+    by_registers = 65536 // (tile.num_warps * 32 * (tile.max_registers or 255))
+    by_memory = (227 << 10) // ((tile.rows + tile.num_stages * tile.slots) * d_qk * itemsize + (6 << 10))
+    return max(1, min(by_registers, by_memory))
 
 
 @triton.jit
@@ -195,7 +198,8 @@ def select_blocks(
     width = ((triton.cdiv(packing.max_seqlen, geometry.block_size) >> log_chunk) + 1) << log_chunk
     fit = max(1, SCRATCH_BYTES // (8 * tile_tokens * width))
     work = triton.cdiv(tokens, tile_tokens) * kv_heads
-    programs = min(programs or 3 * _multiprocessors(q.device), fit, work)
+    resident = resident_programs(tile, d_qk, q.element_size()) * multiprocessors(q.device)
+    programs = min(programs or resident, fit, work)
     scratch = q.new_empty(programs, 2, tile_tokens, width, dtype=torch.float32)
     q, k_cmp = unit_stride(q), k_cmp.contiguous()
     _select[(programs,)](
