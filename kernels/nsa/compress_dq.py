@@ -132,8 +132,8 @@ def compressed_dq(
         if not add:
             dq.zero_()
         return
-    tile = tile or dq_tile(d_qk, d_v, q.dtype)
     group, q, do = heads // kv_heads, unit_stride(q), unit_stride(do)
+    tile = tile or dq_tile(group, d_qk, d_v, q.dtype)
     _backward_q[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
         do, q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
         lse.contiguous(), delta.contiguous(), packing.doc, packing.position, packing.cu_seqlens, dq,

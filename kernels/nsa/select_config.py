@@ -43,7 +43,10 @@ def forward_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int
 def dq_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int) -> Tile:
     if itemsize == 4:
         return Tile(row_tile(group, 16), key_tile(block_size, 16), 8, 1)
-    return Tile(row_tile(group, 64), key_tile(block_size, 64), 4 if d_qk + d_v <= 320 else 8, 2)
+    if d_qk + d_v <= 256:
+        return Tile(row_tile(group, 64), key_tile(block_size, 64), 4, 2)
+    # Two accumulators of dq's columns leave registers for half the keys.
+    return Tile(row_tile(group, 64), key_tile(block_size, 32), 4 if d_qk + d_v <= 320 else 8, 3 if d_qk + d_v <= 320 else 2)
 
 
 def dkv_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int) -> Tile:
@@ -53,7 +56,7 @@ def dkv_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int) ->
     keys = key_tile(block_size, 64)
     if d_qk + d_v <= 256:
         return Tile(row_tile(group, 64), keys, 4, 2)
-    return Tile(row_tile(group, 64 if d_qk + d_v <= 320 else 32), keys, 8, 2)
+    return Tile(row_tile(group, 32), keys, 4, 3) if d_qk + d_v <= 320 else Tile(row_tile(group, 32), keys, 8, 2)
 
 
 def segment_length(tokens: int, row_bytes: int, keys: int) -> int:

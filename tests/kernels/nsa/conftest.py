@@ -20,7 +20,8 @@ def poison(monkeypatch):
     def poisoned(make):
         def made(*args, **kwargs):
             x = make(*args, **kwargs)
-            return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+            with torch.no_grad():  # it may be a leaf
+                return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
 
         return made
 
