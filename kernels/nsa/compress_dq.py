@@ -24,6 +24,7 @@ from sieve.kernels.nsa.compress_tiles import (
 )
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
+from sieve.kernels.nsa.runs_launch import attend_dq, serves
 
 
 @triton.jit
@@ -131,6 +132,10 @@ def compressed_dq(
     if not tokens or not slots:
         if not add:
             dq.zero_()
+        return
+    if tile is None and serves(q, kv_heads, d_v, geometry):
+        lse, delta = lse.contiguous(), delta.contiguous()
+        attend_dq(do, q, k_cmp, v_cmp, lse, delta, packing, dq, scale=scale, add=add, geometry=geometry)
         return
     group, q, do = heads // kv_heads, unit_stride(q), unit_stride(do)
     tile = tile or dq_tile(group, d_qk, d_v, q.dtype)

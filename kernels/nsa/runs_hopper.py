@@ -29,7 +29,7 @@ def _seen_of(position, KERNEL: gl.constexpr, STRIDE: gl.constexpr):
 
 
 @gluon.jit
-def _tile(
+def tile_run(
     work, doc_ptr, position_ptr, cu_ptr, num_tokens, first_query, window,
     TOKENS: gl.constexpr, KERNEL: gl.constexpr, STRIDE: gl.constexpr, KEYS: gl.constexpr,
 ):  # fmt: skip
@@ -63,6 +63,17 @@ def _tile(
 
 
 @gluon.jit
+def row_interval(token, position_ptr, begin, first_query, window, KERNEL: gl.constexpr, STRIDE: gl.constexpr):
+    """[row_begin, row_end), the keys that rows of these tokens see of a run that begins at `begin`."""
+    position = gl.load(position_ptr + token)
+    if KERNEL > 0:
+        return token, begin + _seen_of(position, KERNEL, STRIDE)  # a run begins where a row's keys do
+    else:
+        end = first_query + token + 1
+        return end - 1 - gl.minimum(position, window - 1), end
+
+
+@gluon.jit
 def _load(
     q_desc0, q_desc1, k_desc0, k_desc1, v_desc, q0, q1, k0, k1, v, q_full, q_empty, k_full, k_empty, v_full, v_empty,
     doc_ptr, position_ptr, cu_ptr, num_tokens, first_query, window, total_work,
@@ -76,7 +87,7 @@ def _load(
     n = 0
     turn = 0
     for work in range(gl.program_id(0), total_work, gl.num_programs(0)):
-        kv_head, first_token, begin, whole, whole_end, end = _tile(
+        kv_head, first_token, begin, whole, whole_end, end = tile_run(
             work, doc_ptr, position_ptr, cu_ptr, num_tokens, first_query, window, TOKENS, KERNEL, STRIDE, KEYS
         )
         side = turn % 2
@@ -215,18 +226,14 @@ def _compute(
     n = 0
     turn = 0
     for work in range(gl.program_id(0), total_work, gl.num_programs(0)):
-        kv_head, first_token, begin, whole, whole_end, end = _tile(
+        kv_head, first_token, begin, whole, whole_end, end = tile_run(
             work, doc_ptr, position_ptr, cu_ptr, num_tokens, first_query, window, TOKENS, KERNEL, STRIDE, KEYS
         )
         first_token += HALF * (TOKENS // 2)
         token = first_token + row // GROUP
-        position = gl.load(position_ptr + gl.minimum(token, num_tokens - 1))
-        if KERNEL > 0:
-            row_begin = token
-            row_end = begin + _seen_of(position, KERNEL, STRIDE)
-        else:
-            row_end = first_query + gl.minimum(token, num_tokens - 1) + 1
-            row_begin = row_end - 1 - gl.minimum(position, window - 1)
+        row_begin, row_end = row_interval(
+            gl.minimum(token, num_tokens - 1), position_ptr, begin, first_query, window, KERNEL, STRIDE
+        )
         side = turn % 2
         mbarrier.wait(q_full.index(side), (turn // 2) & 1)
         mine0 = q0.index(2 * side + HALF).reshape([64, D0])
@@ -282,7 +289,7 @@ def _compute(
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "first_query", "window", "total_work"])
-def _attend(
+def runs_forward(
     q_desc0, q_desc1, k_desc0, k_desc1, v_desc, doc_ptr, position_ptr, cu_ptr, o_ptr, lse_ptr,
     out_ptr, cmp_ptr, slc_ptr, gates_ptr, stride_gt, stride_gh, num_tokens, first_query, window, total_work, factor,
     HEADS: gl.constexpr, GROUP: gl.constexpr, D0: gl.constexpr, D1: gl.constexpr, E0: gl.constexpr,

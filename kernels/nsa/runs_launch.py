@@ -15,7 +15,8 @@ from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.compress_tiles import copyable, multiprocessors
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
-from sieve.kernels.nsa.runs_hopper import _attend
+from sieve.kernels.nsa.runs_dq_hopper import runs_backward_q
+from sieve.kernels.nsa.runs_hopper import runs_forward
 
 GLUON = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -77,11 +78,37 @@ def attend(
     work = triton.cdiv(tokens, 128 // group) * kv_heads
     kernel, stride = (geometry.kernel_size, geometry.kernel_stride) if geometry is not None else (0, 0)
     rows = [64 // group, group]
-    _attend[(min(work, multiprocessors(q.device)),)](
+    runs_forward[(min(work, multiprocessors(q.device)),)](
         descriptor(q, [*rows, d0]), descriptor(q, [*rows, d1 or d0]),
         descriptor(k, [keys, d0]), descriptor(k, [keys, d1 or d0]), descriptor(v, [keys, d_v]),
         packing.doc, packing.position, packing.cu_seqlens, out if o is None else o, lse, out, o_cmp, o_slc, gates,
         gates.stride(0), gates.stride(1), tokens, first_token, window, work, scale / math.log(2),
         HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=d_v, KERNEL=kernel, STRIDE=stride, KEYS=keys, STAGES=stages,
         COMBINE=gated is not None, KEEP=o is not None, num_warps=4,
+    )  # fmt: skip
+
+
+def attend_dq(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, delta: Tensor, packing: Packing, dq: Tensor, *, scale: float,
+    add: bool, geometry: Geometry | None = None, window: int = 0,
+) -> None:
+    """Writes or adds the gradient of `attend`'s q to dq [T, H, Dqk] (last stride 1), of all T tokens.
+
+    do [T, H, Dv]; lse, delta = sum(o * do): fp32 [T, H], contiguous. lse may be shifted by -log of a factor of do.
+    """
+    (tokens, heads, d_qk), (num_keys, kv_heads, d_v) = q.shape, v.shape
+    (d0, d1), group, keys = split_dim(d_qk), heads // kv_heads, 64
+    q, do = copyable(q), copyable(do)
+    k = copyable(k.contiguous()).view(num_keys, -1)
+    v = copyable(v.contiguous()).view(num_keys, -1)
+    work = triton.cdiv(tokens, 128 // group) * kv_heads
+    kernel, stride = (geometry.kernel_size, geometry.kernel_stride) if geometry is not None else (0, 0)
+    rows = [64 // group, group]
+    runs_backward_q[(min(work, multiprocessors(q.device)),)](
+        descriptor(q, [*rows, d0]), descriptor(q, [*rows, d1 or d0]), descriptor(do, [*rows, d_v]),
+        descriptor(k, [keys, d0]), descriptor(k, [keys, d1 or d0]), descriptor(v, [keys, d_v]),
+        packing.doc, packing.position, packing.cu_seqlens, lse, delta, dq, dq.stride(0), dq.stride(1),
+        tokens, window, work, scale / math.log(2), scale,
+        HEADS=heads, GROUP=group, D0=d0, D1=d1, E=d_v, KERNEL=kernel, STRIDE=stride, KEYS=keys, K_STAGES=3, V_STAGES=2,
+        ADD=add, num_warps=4,
     )  # fmt: skip

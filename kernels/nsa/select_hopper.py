@@ -234,9 +234,14 @@ def _forward(
     )  # fmt: skip
 
 
+def fits_shapes(q: Tensor, kv_heads: int, d_v: int, block_size: int) -> bool:
+    """Whether the kernel takes these shapes: those of which two programs fit on a multiprocessor."""
+    return fits(q, kv_heads, d_v) and block_size == 64 and q.shape[2] in (32, 64, 128)
+
+
 def serves(q: Tensor, kv_heads: int, d_v: int, block_size: int) -> bool:
-    """Whether the kernel runs on q's device and takes its shapes: those of which two programs fit on a multiprocessor."""
-    return hopper(q.device) and fits(q, kv_heads, d_v) and block_size == 64 and q.shape[2] in (32, 64, 128)
+    """Whether the kernel runs on q's device and takes its shapes."""
+    return hopper(q.device) and fits_shapes(q, kv_heads, d_v, block_size)
 
 
 def attend_union(

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 from sieve.kernels.nsa import compress_fwd, compress_tiles, window_fwd  # noqa: E402
 from sieve.kernels.nsa.geometry import Geometry  # noqa: E402
-from sieve.kernels.nsa.runs_launch import attend, serves  # noqa: E402
+from sieve.kernels.nsa.runs_launch import attend, attend_dq, serves  # noqa: E402
 from sieve.kernels.nsa.window_tiles import Tile  # noqa: E402
 
 pytestmark = pytest.mark.gpu
@@ -147,3 +147,38 @@ def test_large_logits(dense):
     assert o.isfinite().all() and torch.equal(lse.isinf()[:, 0], torch.arange(2048, device="cuda") < 31)
     o, lse = windowed(10 * q, 10 * k, v, packing, 512)
     assert o.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("add", [True, False])
+@pytest.mark.parametrize("branch", ["compression", "window"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_dq_matches_plain_attention(case, branch, add, dense, poison):
+    lengths, heads, kv_heads, d_qk, d_v, l, d, window = case
+    packing, geometry = dense.pack(lengths, "cuda"), Geometry(l, d, 64, 16, 1, 2, 512)
+    tokens = sum(lengths)
+    q, k, v = draw(tokens, max(tokens // d, 1) if branch == "compression" else tokens, heads, kv_heads, d_qk, d_v)
+    do, before = torch.randn_like(q[..., :1].expand(-1, -1, d_v)), torch.randn_like(q)
+    if branch == "compression":
+        seen = dense.nsa_masks(packing, geometry, torch.zeros(tokens, 1, 1, dtype=torch.int32, device="cuda"))[0]
+        seen = torch.nn.functional.pad(seen, (0, k.shape[0] - seen.shape[-1]))
+        options = {"geometry": geometry}
+        o, lse = compressed(q, k, v, packing, geometry)
+    else:
+        seen, options = dense.window_mask(packing, window), {"window": window}
+        o, lse = windowed(q, k, v, packing, window)
+    delta = (o.float() * do.float()).sum(-1)
+
+    def ours():
+        dq = before.clone() if add else torch.full_like(q, float("nan"))
+        attend_dq(do, q, k, v, lse, delta, packing, dq, scale=0.1, add=add, **options)
+        return dq
+
+    def plain(dtype):
+        x = q.to(dtype, copy=True).requires_grad_()
+        grad = torch.autograd.grad(dense.attend(x, k.to(dtype), v.to(dtype), seen, 0.1), x, do.to(dtype))[0]
+        return grad + before if add else grad
+
+    exact = plain(torch.float64)
+    for mine, theirs in zip(dense.relative_errors(ours(), exact), dense.relative_errors(plain(q.dtype), exact)):
+        assert mine <= 2 * theirs + 1e-6
+    assert torch.equal(ours(), ours())
