@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from sieve.kernels.common import log
 from sieve.kernels.full import api
 from sieve.kernels.full.reference import causal_attention
 from sieve.kernels.full.sdpa import sdpa_attention
@@ -124,7 +125,7 @@ def test_a_packing_of_another_row(packed):
 
 
 def test_auto_says_once_what_it_chose(packed, caplog):
-    api._log_once.cache_clear()
+    log._log.cache_clear()
     q, k, v = (torch.zeros(12, n, 4) for n in (4, 2, 2))
     with caplog.at_level(logging.INFO, logger=api.__name__):
         for window in (None, 4, None, 4):
