@@ -1,10 +1,12 @@
 """The NSA layer's wiring against the paper's formulas, one query, head and block at a time."""
 
 import math
+import os
 
 import pytest
 import torch
 
+from sieve.kernels.nsa.layout import Packing
 from sieve.model.attention import Attention
 from sieve.model.context import Context
 from sieve.model.health import NAMES
@@ -189,3 +191,29 @@ def test_save_outputs_is_handed_on(model, attention, pack, monkeypatch):
         config, cfg = attention(save_outputs=keep), model()
         layer_of(cfg, config)(torch.randn(20, 32), context=Context.of(cfg, config, pack([20])))
     assert seen == [True, False]
+
+
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no interpreter")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+])  # fmt: skip
+def test_the_layer_compiles_in_one_graph(model, attention, pack, device):
+    """Projections, phi, the Triton operator and gates, forward and backward."""
+    pytest.importorskip("triton")
+    config, cfg = attention(impl="triton"), model(head_dim_qk=16, head_dim_v=16)
+    layer = layer_of(cfg, config).to(device)
+    x = torch.randn(12, 32, device=device, requires_grad=True)
+    packing = pack([9, 3])
+    packing = Packing(*(getattr(packing, n).to(device) for n in ("cu_seqlens", "doc", "position")), packing.max_seqlen)
+    context = Context.of(cfg, config, packing)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: layer(x, context=context)[0], fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor"
+    )
+    (eager, want), (out, got) = (
+        (y, torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+        for y in (layer(x, context=context)[0], compiled(x))
+    )
+    torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

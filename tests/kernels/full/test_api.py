@@ -160,3 +160,46 @@ def test_auto_on_the_gpu_does_not_wait_for_it(packed):
         torch.autograd.grad(api.attention(*qkv, packing, scale=0.1), qkv, cotangent)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_traces_to_one_graph_as_on_a_gpu(window):
+    """Through fake CUDA tensors, which need no GPU; what is chosen is logged from within the trace too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from sieve.kernels.nsa.layout import Packing
+
+    graphs = []
+    with FakeTensorMode():
+        q, k, v = (torch.empty(12, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2))
+        cu, at = (torch.empty(n, device="cuda", dtype=torch.int32) for n in (3, 12))
+        packing = Packing(cu, at, at, 8)
+
+        def call(q, k, v):
+            return api.attention(q * 1, k, v, packing, scale=0.1, window=window)
+
+        torch._dynamo.reset()
+        backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+        out = torch.compile(call, fullgraph=True, backend=backend)(q, k, v)
+    assert out.shape == (12, 4, 64) and len(graphs) == 1
+    assert any("varlen" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim_v", [64, 96])
+def test_compiles_in_one_graph_on_the_gpu(packed, dim_v):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def call(packing, q, k, v):
+        return api.attention(q * 1.0, k, v, packing, scale=0.1) * 2.0
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for lengths in ([300, 212], [100, 500, 1], [77, 600]):
+        qkv, cotangent = leaves(lengths, 8, 2, 64, dim_v, torch.bfloat16, device="cuda")
+        outs = [f(packed(lengths, "cuda"), *qkv) for f in (call, compiled)]
+        assert torch.equal(*outs)
+        for a, b in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in outs)):
+            assert ((a - b).norm() / a.norm()).item() < 1e-2  # FlashAttention's own backward need not repeat
+    assert counter.frame_count == 2
