@@ -8,6 +8,7 @@ that a large bf16 product reaches in the same run.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -51,6 +52,12 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     if options.quick:
         options.shapes, options.lengths = options.shapes.split(",")[0], "8192,65536"
         options.inputs, options.rounds = "structured", 3
+    wrong = [text for text in options.shapes.split(",") if not re.fullmatch(r"[1-9]\d*(/[1-9]\d*){3}", text)]
+    if wrong:
+        parser.error(f"--shapes: {', '.join(wrong)} is not heads/kv_heads/d_qk/d_v, as in 64/4/128/128")
+    wrong = [text for text in options.lengths.split(",") if not re.fullmatch(r"[1-9]\d*", text)]
+    if wrong:
+        parser.error(f"--lengths: {', '.join(wrong)} is not a positive number of tokens")
     options.kinds = options.inputs.split(",")
     known = {"inputs": {"random", "structured"}, "rivals": {"fa4", "cudnn", "fa2", "fla", "none"}}
     for name, allowed in known.items():

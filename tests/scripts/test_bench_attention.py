@@ -31,7 +31,10 @@ def test_the_floor_at_64k_is_the_known_one():
 
 def test_arguments(capsys):
     assert bench_attention._arguments(["attention", "--quick"]).lengths == "8192,65536"
-    for wrong in (["--rivals", "fa9"], ["--inputs", "real"], ["--only", "all"], ["decoding"]):
+    for wrong in (
+        ["--shapes", "64/4/128"], ["--lengths", "8k"], ["--rivals", "fa9"], ["--inputs", "real"], ["--only", "all"],
+        ["decoding"],
+    ):
         with pytest.raises(SystemExit):
             bench_attention._arguments(wrong)
         assert "usage" in capsys.readouterr().err

@@ -185,6 +185,21 @@ def test_traces_to_one_graph_as_on_a_gpu(window):
     assert any("varlen" in str(node.target) for node in graphs[0].graph.nodes)
 
 
+def test_the_compiler_breaks_its_graph_around_plain_pytorch(packed):
+    """Which reads the documents' lengths on the host."""
+    qkv, cotangent = leaves([7, 5])
+    packing = packed([7, 5])
+
+    def call(q, k, v):
+        return api.attention(q * 2, k, v, packing, scale=0.4) * 3
+
+    torch._dynamo.reset()
+    eager, compiled = (f(*qkv) for f in (call, torch.compile(call, backend="aot_eager")))
+    assert torch.equal(eager, compiled)
+    for a, b in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in (eager, compiled))):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dim_v", [64, 96])
 def test_compiles_in_one_graph_on_the_gpu(packed, dim_v):
