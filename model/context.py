@@ -16,7 +16,8 @@ from sieve.model.rope import rotation
 class Context:
     """packing: where the documents lie. rotation: cos and sin at the tokens' positions, fp32 [T, 1, Dqk // 2].
     slots: where compressed blocks lie; slot_rotation: cos and sin at their first tokens, fp32 [C, 1, Dqk // 2]; both
-        None where no layer compresses. collect: whether layers report their health.
+        None where no layer compresses: none is an NSA layer, or all documents are within attention.dense_len, so that
+        NSA layers attend to all. collect: whether layers report their health.
     """
 
     packing: Packing
@@ -29,7 +30,7 @@ class Context:
     @torch.no_grad()
     def of(cls, model: ModelConfig, attention: AttentionConfig, packing: Packing, collect: bool = False) -> Context:
         slots = slot_rotation = None
-        if "nsa" in attention.layer_types(model.num_layers):
+        if "nsa" in attention.layer_types(model.num_layers) and packing.max_seqlen > attention.dense_len:
             slots = CompressedSlots.of(packing, attention.kernel_size, attention.kernel_stride)
             if attention.compressed_rope:
                 slot_rotation = rotation(slots.position, model.rope, model.head_dim_qk)

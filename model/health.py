@@ -8,6 +8,13 @@ from torch import Tensor
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 
+NAMES = ("gate_cmp", "gate_slc", "gate_win", "selected_distance", "forced_share", "selection_overlap")
+
+
+def unknown_health(device: torch.device) -> dict[str, Tensor]:
+    """What `nsa_health` gives of a layer that neither gated nor selected: its names, so that ranks agree on them, NaN."""
+    return {name: torch.full((), float("nan"), device=device) for name in NAMES}
+
 
 @torch.no_grad()
 def nsa_health(gates: Tensor, indices: Tensor, packing: Packing, geometry: Geometry) -> dict[str, Tensor]:
@@ -35,7 +42,4 @@ def nsa_health(gates: Tensor, indices: Tensor, packing: Packing, geometry: Geome
     overlap = (share * follows).sum() / (follows.sum() * indices.shape[1]).clamp(min=1)
 
     gate = gates.float().mean((0, 1))
-    return {
-        "gate_cmp": gate[0], "gate_slc": gate[1], "gate_win": gate[2],
-        "selected_distance": distance / count, "forced_share": forced.sum() / count, "selection_overlap": overlap,
-    }
+    return dict(zip(NAMES, (*gate.unbind(), distance / count, forced.sum() / count, overlap)))

@@ -38,7 +38,8 @@ _DECISIVE = (
     "seq_len", "global_batch", "seed", "dtype", "zero.stage",
 )
 _INDIFFERENT = {
-    "model.name", "data.name", "tokenizer.name", "attention.impl", "data.cache_dir", "data.threads", "data.max_broken",
+    "model.name", "data.name", "tokenizer.name", "attention.impl", "attention.save_outputs",
+    "data.cache_dir", "data.threads", "data.max_broken",
 }
 
 

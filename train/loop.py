@@ -79,9 +79,7 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
         return None
     run.expert_load = load
     run.router_bias = {layer: engine.module.layers[layer].mlp.router.bias for layer in load}
-    run.health = {
-        name: sum_over_ranks(torch.stack(values).mean().float()) / place.world_size for name, values in health.items()
-    }
+    run.health = {name: _mean_of_known(values) for name, values in health.items()}
     return {
         "step": run.step,
         "tokens": run.tokens,
@@ -91,3 +89,10 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
         "data/tokens_hash": step.state["hash"],
         "data/epoch": step.epoch,
     }
+
+
+def _mean_of_known(values: list[Tensor]) -> Tensor:
+    """Over the micro-batches of all ranks, those left out that are NaN: see sieve.model.health.unknown_health."""
+    found = torch.stack(values).float()
+    total, count = sum_over_ranks(torch.stack([found.nansum(), (~found.isnan()).sum().float()]))
+    return total / count

@@ -53,3 +53,7 @@ def test_a_config_is_frozen_and_closed():
         config.seed = 1
     with pytest.raises(ValidationError):
         RunConfig.of(config.dump() | {"sed": 1})
+
+
+def test_dense_len_concerns_nsa_layers_alone():
+    assert load_config(["zero=3", "attention=full", "attention.dense_len=64"]).attention.dense_len == 64
