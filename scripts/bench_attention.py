@@ -115,7 +115,9 @@ def _row(
     least = tuple({f"{part}, {kind}": n for part, n in side.items() for kind in kinds} for side in flops)
     for side, whole_flops in zip(least, flops):
         side |= {"operator": whole_flops["operator"], "dense": whole_flops["dense"]}
-    rival = next((r for r in ("fa4", "cudnn", "fa2") if r in timed[0] and not timed[0][r].error), None)
+    # The fastest that did both, since FA4's backward refuses some shapes; else one that has a forward.
+    dense = [r for r in ("fa4", "cudnn", "fa2") if r in timed[0] and not timed[0][r].error]
+    rival = next((r for r in dense if not timed[1][r].error), dense[0] if dense else None)
     names = list(dict.fromkeys((*forward, *backward)))
     for side in timed:
         side |= missing

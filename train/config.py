@@ -99,10 +99,11 @@ class RunConfig(Config):
                 f"seq_len={self.seq_len} is less than attention.kernel_size={self.attention.kernel_size}, so no row "
                 f"has a compressed block; choose seq_len >= {self.attention.kernel_size}, or a smaller kernel_size"
             )
-        if "nsa" in types and self.attention.dense_len and self.zero.stage == 3:
+        if "nsa" in types and self.attention.dense_len and self.zero.stage > 1:
             raise ValueError(
-                f"attention.dense_len={self.attention.dense_len} with zero.stage=3: ranks whose documents differ in "
-                "length would gather different weights and wait for each other; choose zero=1 or 2, or dense_len=0"
+                f"attention.dense_len={self.attention.dense_len} with zero.stage={self.zero.stage}: its collectives follow "
+                "the order in which a rank uses its weights, which dense and sparse calls do not share; choose zero=0 or "
+                "1, or dense_len=0"
             )
         return self
 

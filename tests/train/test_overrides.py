@@ -52,7 +52,7 @@ MISTAKES = [
     ("model.moe.top_k=99", "model.moe.top_k=99 is more than model.moe.num_experts=8"),
     ("global_batch=10 micro_batch=4", "is not divisible by micro_batch=4; micro_batch may be one of 1, 2, 5, 10"),
     ("steps=10 tokens=1e6", "steps=10 and tokens=1000000 are both given; set one of them to null"),
-    ("attention=nsa attention.dense_len=64 zero=3", "choose zero=1 or 2, or dense_len=0"),
+    ("attention=nsa attention.dense_len=64 zero=2", "choose zero=0 or 1, or dense_len=0"),
     ("dtype=bf16 zero=0", "dtype=bf16 with zero.stage=0 keeps no fp32 master weights; choose zero=1, 2 or 3"),
     ("seq_len=16", "seq_len=16 is less than attention.kernel_size=32"),
     ("schedule.warmup=2000", "schedule.warmup=2000 steps is more than the run's 1000"),

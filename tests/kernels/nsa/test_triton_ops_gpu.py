@@ -18,9 +18,9 @@ SIZES = {"kernel_size": 32, "kernel_stride": 16, "block_size": 64, "init_blocks"
 PAPER = Geometry(**SIZES, topk=16, window_size=512)
 SHORT = Geometry(**SIZES, topk=5, window_size=100)
 
-SHAPES = [  # query heads, KV heads, d_qk, d_v: groups of 16, 16, 3, 5, 7, 12, 64, 6, 1
+SHAPES = [  # query heads, KV heads, d_qk, d_v: groups of 16, 16, 3, 5, 7, 12, 64, 6, 1, 4
     (16, 1, 128, 128), (64, 4, 192, 128), (12, 4, 80, 96), (5, 1, 64, 64), (7, 1, 32, 256), (12, 1, 256, 192),
-    (64, 1, 96, 64), (12, 2, 64, 128), (4, 4, 128, 32),
+    (64, 1, 96, 64), (12, 2, 64, 128), (4, 4, 128, 32), (16, 4, 128, 128),
 ]  # fmt: skip
 
 
@@ -106,9 +106,10 @@ def test_hardly_any_token(lengths, dense, op, poison):
     assert (indices[:, :, 0] == 0).all() and (indices[:, :, 1:] == -1).all()
 
 
-def test_runs_and_slices_and_rows_are_bit_equal(dense, op):
+@pytest.mark.parametrize("heads", [64, 16])  # of 4 KV heads: selection by unions, and by lists
+def test_runs_and_slices_and_rows_are_bit_equal(heads, dense, op):
     packing = dense.pack([8192, 8192], "cuda")
-    inputs = op.draw(16384, 64, 4, 128, 128, PAPER, "cuda", torch.bfloat16)
+    inputs = op.draw(16384, heads, 4, 128, 128, PAPER, "cuda", torch.bfloat16)
     do = op.cotangent(inputs)
     out, indices, grads = op.run(inputs, packing, PAPER, do)
     for options in ({}, {}, {"save_outputs": False}):

@@ -104,12 +104,16 @@ def test_inference_keeps_nothing(device, dense, op):
     assert seen == [True, False, False, False]
 
 
+GROUPS = [(16, 2, 128, 128), (8, 2, 128, 128)]  # selection by unions, and by lists
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("save_outputs", [True, False])
-def test_gpu_cuda_graph(save_outputs, dense, op):
+@pytest.mark.parametrize("shape", GROUPS, ids=str)
+def test_gpu_cuda_graph(shape, save_outputs, dense, op):
     """Forward and backward are captured once, and replayed for other values and other documents of the same row."""
     packing = dense.pack([700, 324], "cuda")
-    inputs = op.draw(1024, 16, 2, 128, 128, SHORT, "cuda", torch.bfloat16)
+    inputs = op.draw(1024, *shape, SHORT, "cuda", torch.bfloat16)
     do = op.cotangent(inputs)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -121,7 +125,7 @@ def test_gpu_cuda_graph(save_outputs, dense, op):
         out, indices, grads = op.run(inputs, packing, SHORT, do, save_outputs=save_outputs)
     fresh = dense.pack([300, 724], "cuda")
     with torch.no_grad():
-        for x, y in zip(inputs, op.draw(1024, 16, 2, 128, 128, SHORT, "cuda", torch.bfloat16, seed=5)):
+        for x, y in zip(inputs, op.draw(1024, *shape, SHORT, "cuda", torch.bfloat16, seed=5)):
             x.copy_(y)
         for name in ("cu_seqlens", "doc", "position"):
             getattr(packing, name).copy_(getattr(fresh, name))
@@ -137,9 +141,10 @@ def test_gpu_cuda_graph(save_outputs, dense, op):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("save_outputs", [True, False])
-def test_gpu_no_host_synchronisation(save_outputs, dense, op):
+@pytest.mark.parametrize("shape", GROUPS, ids=str)
+def test_gpu_no_host_synchronisation(shape, save_outputs, dense, op):
     packing = dense.pack([900, 124], "cuda")
-    inputs = op.draw(1024, 16, 2, 128, 128, SHORT, "cuda", torch.bfloat16)
+    inputs = op.draw(1024, *shape, SHORT, "cuda", torch.bfloat16)
     do = op.cotangent(inputs)
     op.run(inputs, packing, SHORT, do, save_outputs=save_outputs)
     torch.cuda.synchronize()
