@@ -43,7 +43,7 @@ def group_by_expert(experts: Tensor, num_experts: int) -> Grouping:
     place = torch.arange(T * k, device=device) + shift[flat[order]]
     slot = torch.empty_like(flat).scatter_(0, order, place)
     source = torch.full((rows,), T, device=device).scatter_(0, place, order // k)
-    end[-1] = rows
+    end[-1].fill_(rows)  # an assignment would wait for the device
     return Grouping(slot.view(T, k), source, end.int())
 
 

@@ -46,12 +46,12 @@ def as_exact_as_plain(o, q, k, v, seen, dense):
 CASES = [  # documents, query heads, KV heads, d_qk, d_v, l, d, window
     ([1], 64, 4, 128, 128, 32, 16, 512),
     ([31], 64, 4, 128, 128, 32, 16, 1),
-    ([4099], 64, 4, 128, 128, 32, 16, 512),
-    ([2500, 1, 0, 700, 31, 864], 64, 4, 192, 128, 32, 16, 300),
-    ([5000], 16, 4, 128, 128, 32, 16, 64),
+    ([2051], 64, 4, 128, 128, 32, 16, 512),
+    ([900, 1, 0, 500, 31, 264], 64, 4, 192, 128, 32, 16, 300),
+    ([3000], 16, 4, 128, 128, 32, 16, 64),
     ([1500, 47, 600], 16, 8, 64, 64, 64, 16, 5000),
     ([900, 100], 64, 1, 96, 32, 8, 4, 100),
-    ([157] * 40, 32, 2, 80, 64, 8, 4, 63),
+    ([57] * 40, 32, 2, 80, 64, 8, 4, 63),
 ]
 
 
@@ -179,6 +179,7 @@ def test_dq_matches_plain_attention(case, branch, add, dense, poison):
         return grad + before if add else grad
 
     exact = plain(torch.float64)
+    floor = 1e-6 if exact.any() else 1e-4  # of a row that sees one key: the difference of two equal sums
     for mine, theirs in zip(dense.relative_errors(ours(), exact), dense.relative_errors(plain(q.dtype), exact)):
-        assert mine <= 2 * theirs + 1e-6
+        assert mine <= 2 * theirs + floor
     assert torch.equal(ours(), ours())

@@ -41,7 +41,8 @@ GEOMETRIES = [  # l, d, l', n, initial, local, w
 def test_geometries(sizes, dense, op, poison):
     geometry = Geometry(*sizes)
     inputs = op.draw(1427, 8, 2, 64, 64, geometry, "cuda", torch.bfloat16)
-    op.check(inputs, dense.pack([1300, 127], "cuda"), geometry)
+    # Where every query sees one key of the window, dq and dk of that branch are differences of two equal sums.
+    op.check(inputs, dense.pack([1300, 127], "cuda"), geometry, floor=1e-4 if geometry.window_size == 1 else 0.0)
 
 
 def test_fp32_is_exact_to_fp32(dense, op, poison):
