@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.compiling import cast
 from sieve.model.config import RopeConfig, RopeScaling
 
 
@@ -79,7 +80,7 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     first, second = x.chunk(2, -1)
     halves = (first * cos, second, sin, -direction), (second * cos, first, sin, direction)
     if torch.compiler.is_compiling():  # a graph takes no view as out=, and fuses this into one pass itself
-        return torch.cat([torch.addcmul(a, b, c, value=sign) for a, b, c, sign in halves], -1).to(x.dtype)
+        return cast(torch.cat([torch.addcmul(a, b, c, value=sign) for a, b, c, sign in halves], -1), x.dtype)
     out = torch.empty_like(x)
     for part, (a, b, c, sign) in zip(out.chunk(2, -1), halves):
         torch.addcmul(a, b, c, value=sign, out=part)

@@ -50,9 +50,20 @@ def steps(d_qk: int, d_v: int, keys: int) -> int:
     return min((SHARED_BYTES - 2 * (256 * d_qk + 64 * d_v)) // (2 * keys * (d_qk + d_v)), 4)
 
 
+@functools.cache  # making one takes as long as a launch
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), GLUON[dtype])
+
+
 def descriptor(x: Tensor, block: list[int]) -> TensorDescriptor:
-    layout = gl.NVMMASharedLayout.get_default_for(block, GLUON[x.dtype])
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, layout)
+    """Blocks of x, past whose end they read zeros; see `copyable`."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), block, _layout(tuple(block), x.dtype))
+
+
+def _parts(x: Tensor, rows: list[int], d0: int, d1: int) -> tuple[TensorDescriptor, TensorDescriptor]:
+    """Descriptors of the two parts of `split_dim`; where there is one part, it stands in for the second."""
+    first = descriptor(x, [*rows, d0])
+    return first, descriptor(x, [*rows, d1]) if d1 else first
 
 
 def attend(
@@ -79,8 +90,7 @@ def attend(
     kernel, stride = (geometry.kernel_size, geometry.kernel_stride) if geometry is not None else (0, 0)
     rows = [64 // group, group]
     runs_forward[(min(work, multiprocessors(q.device)),)](
-        descriptor(q, [*rows, d0]), descriptor(q, [*rows, d1 or d0]),
-        descriptor(k, [keys, d0]), descriptor(k, [keys, d1 or d0]), descriptor(v, [keys, d_v]),
+        *_parts(q, rows, d0, d1), *_parts(k, [keys], d0, d1), descriptor(v, [keys, d_v]),
         packing.doc, packing.position, packing.cu_seqlens, out if o is None else o, lse, out, o_cmp, o_slc, gates,
         gates.stride(0), gates.stride(1), tokens, first_token, window, work, scale / math.log(2),
         HEADS=heads, GROUP=group, D0=d0, D1=d1, E0=d_v, KERNEL=kernel, STRIDE=stride, KEYS=keys, STAGES=stages,
@@ -105,8 +115,7 @@ def attend_dq(
     kernel, stride = (geometry.kernel_size, geometry.kernel_stride) if geometry is not None else (0, 0)
     rows = [64 // group, group]
     runs_backward_q[(min(work, multiprocessors(q.device)),)](
-        descriptor(q, [*rows, d0]), descriptor(q, [*rows, d1 or d0]), descriptor(do, [*rows, d_v]),
-        descriptor(k, [keys, d0]), descriptor(k, [keys, d1 or d0]), descriptor(v, [keys, d_v]),
+        *_parts(q, rows, d0, d1), descriptor(do, [*rows, d_v]), *_parts(k, [keys], d0, d1), descriptor(v, [keys, d_v]),
         packing.doc, packing.position, packing.cu_seqlens, lse, delta, dq, dq.stride(0), dq.stride(1),
         tokens, window, work, scale / math.log(2), scale,
         HEADS=heads, GROUP=group, D0=d0, D1=d1, E=d_v, KERNEL=kernel, STRIDE=stride, KEYS=keys, K_STAGES=3, V_STAGES=2,
