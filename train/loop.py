@@ -53,6 +53,7 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
     cross_entropy = torch.zeros((), dtype=torch.float64, device=place.device)
     load: dict[int, Tensor] = {}
     health: defaultdict[str, list[Tensor]] = defaultdict(list)
+    engine.enter(step.phase, len(step.micro_batches))
     for batch in step.micro_batches:
         out = engine.forward(batch.to(place.device), collect=logged)
         engine.backward(out.loss_sum / step.labelled)
@@ -90,4 +91,5 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
         "train/lr": lr,
         "data/tokens_hash": step.state["hash"],
         "data/epoch": step.epoch,
+        **step.metrics,
     }
