@@ -41,20 +41,20 @@ _Weights = dict[str, Annotated[float, Field(ge=0)]]
 
 
 class PhaseConfig(Config):
-    """What changes at a token count. What is null stays as in the phase before; in the first, as the run has it.
+    """What changes at a token count; what is null stays as it was before.
 
     It begins with the first step that finds from_tokens tokens read (by all processes, padding included). Batches are
     in rows of seq_len tokens.
     """
 
-    from_tokens: int = Field(ge=0, description="0 in the first phase, then rising")
+    from_tokens: int = Field(gt=0)
     seq_len: int | None = Field(None, gt=0)
     global_batch: int | None = Field(None, gt=0)
     micro_batch: int | None = Field(None, gt=0)
     packing: Packing | None = None
     weights: _Weights | None = Field(None, description="of every source of the mixture")
     upsample: _Factors | None = Field(None, description="of every source, instead of its own")
-    rope_factor: float | None = Field(None, ge=1, description="YaRN's stretch of the first phase's seq_len; 1: none")
+    rope_factor: float | None = Field(None, ge=1, description="YaRN's stretch of the run's first seq_len; 1: none")
 
 
 class DataConfig(Config):
@@ -81,7 +81,7 @@ class DataConfig(Config):
     upsample: _Factors = Field({}, description="{length: factor}: documents of so many tokens on, factor times as often")
     packing: Packing = Field("concatenate", description="best_fit: no short document is cut; document: one a row")
     sources: dict[str, SourceConfig] = Field({}, description="a mixture: {name: {weight: ..., type: ..., ...}}")
-    phases: tuple[PhaseConfig, ...] = Field((), description="[{from_tokens: 0}, {from_tokens: ..., seq_len: ...}]")
+    phases: tuple[PhaseConfig, ...] = Field((), description="later changes: [{from_tokens: ..., seq_len: ...}]")
     workers: int | None = Field(None, ge=0, description="processes that read ahead; null: 1 on CUDA, else 0")
     prefetch: int = Field(2, ge=1, description="steps that a worker reads ahead")
 
@@ -113,18 +113,19 @@ class DataConfig(Config):
         for key, field in DataConfig.model_fields.items() if self.sources else ():
             if key not in OF_THE_WHOLE and getattr(self, key) != usual.get(key, field.default):
                 raise ValueError(f"{key}={getattr(self, key)} beside sources; it belongs to a source: sources.NAME.{key}")
-        if self.sources and not any(source.weight for source in self.sources.values()) and not self.phases:
+        if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: every weight is 0; give one that is not")
         return self
 
     @model_validator(mode="after")
     def _phases_follow(self) -> DataConfig:
         starts = [phase.from_tokens for phase in self.phases]
-        if starts and starts[0] or any(b <= a for a, b in zip(starts, starts[1:])):
-            raise ValueError(
-                f"phases={[{'from_tokens': start} for start in starts]}; from_tokens must be 0 in the first phase and "
-                "rise from each to the next"
-            )
+        for i, (before, start) in enumerate(zip(starts, starts[1:]), 1):
+            if start <= before:
+                raise ValueError(
+                    f"phases[{i}].from_tokens={start} does not come after phases[{i - 1}].from_tokens={before}; list "
+                    "phases in their order"
+                )
         for i, phase in enumerate(self.phases):
             if phase.weights is None:
                 continue

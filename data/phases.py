@@ -35,21 +35,21 @@ class Phase:
 
 
 def phases_of(data: DataConfig, *, seq_len: int, global_batch: int, micro_batch: int) -> tuple[Phase, ...]:
-    """The phases that `data` describes, the first with these sizes where it gives none; one, if it gives no phases."""
+    """The run from its first token with these sizes, then the phases that `data` describes."""
     own = data.sources or {ONLY: data}
     phase = Phase(
         0, seq_len, global_batch, micro_batch, data.packing,
         {name: getattr(source, "weight", 1.0) for name, source in own.items()},
         {name: source.upsample for name, source in own.items()},
     )
-    found = []
+    found = [phase]
     for given in data.phases:
         changed = {key: value for key in type(given).model_fields if (value := getattr(given, key)) is not None}
         if "upsample" in changed:
             changed["upsample"] = dict.fromkeys(own, changed["upsample"])
         phase = replace(phase, **changed)
         found.append(phase)
-    return tuple(found) or (phase,)
+    return tuple(found)
 
 
 def phase_at(phases: Sequence[Phase], tokens: int) -> int:

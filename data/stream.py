@@ -126,7 +126,7 @@ class Stream:
             amounts = [b.num_tokens * times for b, times in zip(own, factors)]
             if weight and not sum(amounts):
                 raise ValueError(
-                    f"phase {index} of data.phases reads {name}, but upsample={dict(phase.upsample[name])} leaves none "
+                    f"{self._called(index)} reads {name}, but upsample={dict(phase.upsample[name])} leaves none "
                     f"of its {tokens.num_documents} documents; give a lower bound, or the source no weight"
                 )
             if weight and sum(b.num_tokens for b, a in zip(own, amounts) if a) < phase.seq_len:
@@ -137,8 +137,12 @@ class Stream:
                 )
             shares += [weight * amount / (sum(amounts) or 1) for amount in amounts]
         if not any(shares):
-            raise ValueError(f"phase {index} of data.phases gives no source any weight; give one")
+            raise ValueError(f"{self._called(index)} gives no source any weight; give one")
         return whole(shares)
+
+    @staticmethod
+    def _called(index: int) -> str:
+        return f"data.phases[{index - 1}]" if index else "the run's beginning"
 
 
 def _text_of(name: str, sources: int) -> str:

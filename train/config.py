@@ -130,16 +130,14 @@ class RunConfig(Config):
 
     @property
     def phases(self) -> tuple[Phase, ...]:
-        """What the run reads when: data.phases, with the run's own sizes where they give none; at least one."""
+        """What the run reads when: with its own sizes from the start, then as data.phases says."""
         return phases_of(
             self.data, seq_len=self.seq_len, global_batch=self.global_batch, micro_batch=self.micro_batch
         )
 
     def _named_phases(self) -> list[tuple[str, Phase]]:
         """The phases, each with what stands before its keys."""
-        if not self.data.phases:
-            return [("", self.phases[0])]
-        return [(f"data.phases[{i}].", phase) for i, phase in enumerate(self.phases)]
+        return [(f"data.phases[{i - 1}]." if i else "", phase) for i, phase in enumerate(self.phases)]
 
     @property
     def total_steps(self) -> int:
