@@ -82,7 +82,7 @@ class DataConfig(Config):
     packing: Packing = Field("concatenate", description="best_fit: no short document is cut; document: one a row")
     sources: dict[str, SourceConfig] = Field({}, description="a mixture: {name: {weight: ..., type: ..., ...}}")
     phases: tuple[PhaseConfig, ...] = Field((), description="later changes: [{from_tokens: ..., seq_len: ...}]")
-    workers: int | None = Field(None, ge=0, description="processes that read ahead; null: 1 on CUDA, else 0")
+    workers: int | None = Field(None, ge=0, description="threads that read ahead; null: 1 on CUDA, else 0")
     prefetch: int = Field(2, ge=1, description="steps that a worker reads ahead")
 
     @model_validator(mode="before")

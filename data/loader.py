@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from sieve.data.packing import Batch
 from sieve.data.phases import Phase
+from sieve.data.read_ahead import ReadAhead
 from sieve.data.rows import roll
-from sieve.data.share import Reader, Share, read_ahead
 from sieve.data.stream import Stream
 from sieve.data.tokens import Tokens
 
@@ -50,19 +52,20 @@ class RowLoader:
         seed: int = 0,
         workers: int = 0,
         prefetch: int = 2,
-        pin: bool = False,
+        pin: torch.device | None = None,
         state: dict[str, Any] | None = None,
     ):
-        """workers: processes that read ahead, `prefetch` steps each; 0: none. pin: give page-locked memory. Raises
-        ValueError when sizes do not divide, as Stream does, and when `state` belongs to another stream."""
+        """workers: threads that read ahead, `prefetch` steps each; 0: none. pin: a CUDA device, to give memory that is
+        page-locked for it. Raises ValueError when sizes do not divide, as Stream does, and when `state` belongs to
+        another stream."""
         for phase in phases:
             check_batch(phase.global_batch, phase.micro_batch, rank, world_size)
         stream = Stream(sources, phases, seed)
         self._state = stream.start() if state is None else stream.checked(state)
         self._several = len(sources) > 1
         self._source_of = {bucket.name: bucket.source for bucket in stream.buckets}
-        self._shares: Iterator[Share] = read_ahead(
-            Reader(stream, rank, world_size), self._state, workers=workers, prefetch=prefetch, pin=pin
+        self._shares = ReadAhead(
+            stream, self._state, rank=rank, world_size=world_size, workers=workers, prefetch=prefetch, pin=pin
         )
 
     @property

@@ -5,7 +5,6 @@ A packer turns a place in a bucket's order into the next row's plan and the plac
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from sieve.data.buckets import Ordered
@@ -24,8 +23,7 @@ class Cursor(NamedTuple):
     row: int = 0
 
 
-@dataclass(frozen=True)
-class RowPlan:
+class RowPlan(NamedTuple):
     """pieces: (document, start, stop), tokens start .. stop - 1 of it, in their order in the row; what they leave of the
     row is padding. tokens: their sum. epoch: of the last of them."""
 

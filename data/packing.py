@@ -33,12 +33,9 @@ class Batch:
         return Batch(*moved, self.max_seqlen, padding)
 
 
-def edges(starts: Sequence[Sequence[int]], seq_len: int) -> np.ndarray:
-    """cu_seqlens, int32 [N + 1], of rows of `seq_len` tokens laid end to end, whose pieces begin at `starts`."""
+def edges(starts: Sequence[Sequence[int]], seq_len: int) -> tuple[np.ndarray, int]:
+    """cu_seqlens, int32 [N + 1], and max_seqlen of rows of `seq_len` tokens laid end to end, whose pieces begin at
+    `starts`."""
     flat = [i * seq_len + start for i, row in enumerate(starts) for start in row]
-    return np.array([*flat, len(starts) * seq_len], np.int32)
-
-
-def longest(cu_seqlens: np.ndarray) -> int:
-    """max_seqlen of `edges`."""
-    return int(np.diff(cu_seqlens).max())
+    flat.append(len(starts) * seq_len)
+    return np.array(flat, np.int32), max([b - a for a, b in zip(flat, flat[1:])])

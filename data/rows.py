@@ -31,28 +31,32 @@ def fill(bucket: Ordered, plan: RowPlan, tokens: np.ndarray, labels: np.ndarray 
     try:
         for document, start, stop in plan.pieces:
             ids = read(document)
+            end = filled + stop - start
+            tokens[filled:end] = ids[start:stop]
             starts.append(filled)
-            filled += stop - start
-            tokens[starts[-1] : filled] = ids[start:stop]
-            ends.append(filled - 1)
+            ends.append(end - 1)
             following.append(ids[stop] if stop < len(ids) else IGNORE)
+            filled = end
     except Exception as error:
         raise ReadError(
             f"source {bucket.source}, document {document}, tokens {start} to {stop} (epoch {plan.epoch}): "
             f"{type(error).__name__}: {error}"
         ) from error
-    tokens[filled:] = PAD
     if labels is not None:
         labels[:-1] = tokens[1:]
-        labels[ends] = following
-        labels[filled:] = IGNORE
-    starts.extend(range(filled, len(tokens), PAD_SEGMENT))
+        for end, label in zip(ends, following):
+            labels[end] = label
+    if filled < len(tokens):
+        tokens[filled:] = PAD
+        starts.extend(range(filled, len(tokens), PAD_SEGMENT))
+        if labels is not None:
+            labels[filled:] = IGNORE
     return starts, filled - following.count(IGNORE)
 
 
 def row_hash(tokens: np.ndarray) -> bytes:
-    """XXH3 (128 bits) of a row's tokens int64 [seq_len]."""
-    return xxhash.xxh3_128_digest(np.ascontiguousarray(tokens, "<i8"))
+    """XXH3 (128 bits) of a row's tokens, int64 [seq_len], contiguous."""
+    return xxhash.xxh3_128_digest(tokens)
 
 
 def roll(digest: str, row: bytes) -> str:
@@ -74,11 +78,13 @@ class Statistics:
 
     @classmethod
     def of(cls, plans: list[RowPlan], seq_len: int) -> Statistics:
-        sizes = [stop - start for plan in plans for _, start, stop in plan.pieces]
-        return cls(
-            len(plans), len(sizes), len(plans) * seq_len, sum(sizes),
-            *(sum(max(0, size - 1 - context) for size in sizes) for context in (8192, 32768)),
-        )
+        over = [
+            sum(max(0, stop - start - 1 - context) for plan in plans for _, start, stop in plan.pieces)
+            if seq_len > context else 0
+            for context in (8192, 32768)
+        ]
+        pieces, tokens = sum([len(plan.pieces) for plan in plans]), sum([plan.tokens for plan in plans])
+        return cls(len(plans), pieces, len(plans) * seq_len, tokens, *over)
 
     def metrics(self) -> dict[str, float]:
         return {

@@ -104,7 +104,7 @@ class Stream:
         packers = [by_name[phase.packing] for by_name in self._packers]
         first, rows = given.copy(), []
         for _ in range(phase.global_batch):
-            i = choose(weights, given, phase.seq_len)
+            i = choose(weights, given, phase.seq_len) if len(given) > 1 else 0
             row, cursors[i] = packers[i].row(cursors[i], phase.seq_len)
             given[i] += row.tokens
             rows.append((self.buckets[i], row))

@@ -9,7 +9,7 @@ import torch
 
 from sieve.data.buckets import AsStored
 from sieve.data.packers import Concatenate, Cursor, RowPlan
-from sieve.data.packing import Batch, edges, longest
+from sieve.data.packing import Batch, edges
 from sieve.data.rows import IGNORE, fill
 from sieve.data.tokens import Tokens
 
@@ -77,5 +77,5 @@ def _batch(documents: AsStored, seq_len: int, planned: list[tuple[RowPlan, bool]
         starts.append(begins)
         if not counts:
             labels[i] = IGNORE
-    cu_seqlens = edges(starts, seq_len)
-    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(cu_seqlens), longest(cu_seqlens))
+    cu_seqlens, longest = edges(starts, seq_len)
+    return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), torch.from_numpy(cu_seqlens), longest)

@@ -83,7 +83,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     loader = RowLoader(
         corpus.train, phases, rank=place.rank, world_size=place.world_size, seed=config.seed, state=run.data,
         workers=int(on_cuda) if config.data.workers is None else config.data.workers, prefetch=config.data.prefetch,
-        pin=on_cuda,
+        pin=place.device if on_cuda else None,
     )
     needs = [(config.model, config.attention, vocab_size, phase.seq_len) for phase in phases]
     listeners = Callbacks([

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sieve.data.packers import Concatenate, Cursor
-from sieve.data.packing import Batch, edges, longest
+from sieve.data.packing import Batch, edges
 from sieve.data.rows import IGNORE, fill
 
 
@@ -35,9 +35,9 @@ def read_row(store, order, cursor, seq_len):
 
 
 def stack(rows):
-    cu_seqlens = edges([row.starts for row in rows], len(rows[0].tokens))
+    cu_seqlens, longest = edges([row.starts for row in rows], len(rows[0].tokens))
     tokens, labels = (torch.from_numpy(np.stack(x)) for x in ([r.tokens for r in rows], [r.labels for r in rows]))
-    return Batch(tokens, labels, torch.from_numpy(cu_seqlens), longest(cu_seqlens))
+    return Batch(tokens, labels, torch.from_numpy(cu_seqlens), longest)
 
 
 def stored(epoch, position):

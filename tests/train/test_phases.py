@@ -142,3 +142,20 @@ def test_kill_and_resume_with_other_workers_across_a_phase(attention, mixture, t
     assert last.wait(300) == 0, last.stderr.read()
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert rows(tmp_path / "whole")[-1]["tokens"] > 20_000
+
+
+@pytest.mark.slow
+def test_two_ranks_with_workers_train_as_one_across_a_phase(mixture, one_rank, tmp_path):
+    settings = [*mixture, f"runs_dir={tmp_path}", "attention=nsa", "steps=7", "zero=2"]
+    two = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "sieve.train",
+         *settings, "name=two", "data.workers=2"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+    )
+    assert two.returncode == 0, two.stderr
+    assert main([*settings, "name=one"]) == 0
+    for ours, theirs in zip(rows(tmp_path / "two"), rows(tmp_path / "one"), strict=True):
+        assert {k: v for k, v in ours.items() if k.startswith("data/")} == {
+            k: v for k, v in theirs.items() if k.startswith("data/")
+        }
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], abs=1e-5)
