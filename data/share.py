@@ -73,7 +73,7 @@ def read_share(stream: Stream, plan: StepPlan, rank: int, world_size: int) -> Sh
             hashes.append(row_hash(others))
         labelled += count_of
     padding = None
-    if phase.packing != "concatenate":
+    if any(row.tokens < phase.seq_len for row in kept):
         padding = torch.from_numpy(np.arange(phase.seq_len) >= np.array([row.tokens for row in kept])[:, None])
     cut = [edges(starts[i : i + phase.micro_batch], phase.seq_len) for i in range(0, mine, phase.micro_batch)]
     return Share(

@@ -196,7 +196,10 @@ def measure(corpus: Corpus, options: argparse.Namespace, config: Any, folder: Pa
             rate = per_core(call)
             if round_:  # the first warms the page cache
                 rates[name].append(rate)
-    padding = {packing: next(loader).metrics["data/padding_share"] for packing, loader in loaders.items()}
+    padding = {
+        packing: statistics.fmean(next(loader).metrics["data/padding_share"] for _ in range(50))
+        for packing, loader in loaders.items()
+    }
     sizes = lengths(store)
     return {
         "tokens_per_cpu_second": rates,
