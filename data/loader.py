@@ -78,10 +78,7 @@ class RowLoader:
 
     def __next__(self) -> Step:
         share = next(self._shares)
-        digest = self._state["hash"]
-        for row in share.hashes:
-            digest = roll(digest, row)
-        self._state = {**share.plan_state, "hash": digest}
+        self._state = {**share.plan_state, "hash": roll(self._state["hash"], share.hashes)}
         metrics = share.statistics.metrics() | self._by_source()
         return Step(
             share.micro_batches(), self._state, share.phase, share.epoch, share.statistics.positions, share.labelled,

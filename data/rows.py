@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -59,9 +60,12 @@ def row_hash(tokens: np.ndarray) -> bytes:
     return xxhash.xxh3_128_digest(tokens)
 
 
-def roll(digest: str, row: bytes) -> str:
-    """The hash (hex, 128 bits) after a row, from the one before it ("" before the first) and the row's own hash."""
-    return xxhash.xxh3_128_hexdigest(bytes.fromhex(digest) + row)
+def roll(digest: str, rows: Iterable[bytes]) -> str:
+    """The hash (hex, 128 bits) after rows, from the one before them ("" before the first) and the rows' own hashes."""
+    rolled = bytes.fromhex(digest)
+    for row in rows:
+        rolled = xxhash.xxh3_128_digest(rolled + row)
+    return rolled.hex()
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,7 @@ def rows(directory: Path) -> list[dict]:
 def test_a_mixture_with_a_phase_trains_and_says_what_it_read(mixture, one_rank, tmp_path, capsys):
     command = [*mixture, f"runs_dir={tmp_path}", "name=run", "attention=nsa", "steps=7", "eval.every=1"]
     assert main(command) == 0, capsys.readouterr().err
+    assert "data.phases[0] begins after step 3, 768 tokens" in capsys.readouterr().err
     found = rows(tmp_path / "run")
     assert [row["tokens"] for row in found] == [256, 512, 768, 1536, 2304, 3072, 3840]
     for row in found:
