@@ -36,7 +36,7 @@ def test_a_small_run_measures_everything(tmp_path, capsys):
     code = main([
         "bench", "data", "data=files", f"data.paths=[{text}]", f"data.cache_dir={tmp_path}/cache",
         "data.validation_fraction=0.1",
-        "tokenizer.vocab_size=270", "seq_len=64", "global_batch=4", "micro_batch=2", "--tokens", "2000", "--rounds", "1",
+        "tokenizer.vocab_size=278", "seq_len=64", "global_batch=4", "micro_batch=2", "--tokens", "2000", "--rounds", "1",
         "--busy-ms", "1", "--rival-bytes", "0", "--out", f"{tmp_path}/out",
     ])
     assert code == 0
@@ -72,4 +72,4 @@ def tokenizer_of_words():
     from sieve.data.config import TokenizerConfig
     from sieve.data.tokenizer import train
 
-    return train([" ".join(f"word{j}" for j in range(50))] * 20, TokenizerConfig(vocab_size=270))
+    return train([" ".join(f"word{j}" for j in range(50))] * 20, TokenizerConfig(vocab_size=278))
