@@ -65,14 +65,3 @@ def steps_for(phases: Sequence[Phase], tokens: int) -> int:
         taken = max(0, math.ceil((end - done) / phase.tokens_per_step))
         steps, done = steps + taken, done + taken * phase.tokens_per_step
     return steps
-
-
-def tokens_after(phases: Sequence[Phase], steps: int) -> int:
-    """How many tokens `steps` steps read."""
-    done = 0
-    for phase, following in zip(phases, [*phases[1:], None]):
-        taken = steps
-        if following is not None:
-            taken = min(steps, max(0, math.ceil((following.from_tokens - done) / phase.tokens_per_step)))
-        steps, done = steps - taken, done + taken * phase.tokens_per_step
-    return done
