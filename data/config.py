@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -31,8 +32,33 @@ class Config(BaseModel):
         return values
 
 
+# What a mixture has once; all other keys of DataConfig are a source's.
+OF_THE_WHOLE = {"name", "threads", "cache_dir", "packing", "sources", "phases", "workers", "prefetch"}
+
+Packing = Literal["concatenate", "best_fit", "document"]
+_Factors = dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=0)]]
+_Weights = dict[str, Annotated[float, Field(ge=0)]]
+
+
+class PhaseConfig(Config):
+    """What changes at a token count; what is null stays as it was before.
+
+    It begins with the first step that finds from_tokens tokens read (by all processes, padding included). Batches are
+    in rows of seq_len tokens.
+    """
+
+    from_tokens: int = Field(gt=0)
+    seq_len: int | None = Field(None, gt=0)
+    global_batch: int | None = Field(None, gt=0)
+    micro_batch: int | None = Field(None, gt=0)
+    packing: Packing | None = None
+    weights: _Weights | None = Field(None, description="of every source of the mixture")
+    upsample: _Factors | None = Field(None, description="of every source, instead of its own")
+    rope_factor: float | None = Field(None, ge=1, description="YaRN's stretch of the run's first seq_len; 1: none")
+
+
 class DataConfig(Config):
-    """A source of documents and its split into training and validation text.
+    """A source of documents and its split into training and validation text; or, with `sources`, a mixture of such.
 
     `type="python"` needs nothing: it reads the Python sources of the running interpreter and its packages.
     `type="files"` reads `paths`: files, folders or globs of text, JSON lines (plain, .gz, .zst) and parquet.
@@ -52,6 +78,12 @@ class DataConfig(Config):
     max_broken: int = Field(100, ge=0, description="undecodable documents to skip before giving up")
     threads: int | None = Field(None, gt=0, description="for tokenisation; null: the cores this process may use")
     cache_dir: str | None = Field(None, description="null: $XDG_CACHE_HOME/sieve or ~/.cache/sieve")
+    upsample: _Factors = Field({}, description="{length: factor}: documents of so many tokens on, factor times as often")
+    packing: Packing = Field("concatenate", description="best_fit: no short document is cut; document: one a row")
+    sources: dict[str, SourceConfig] = Field({}, description="a mixture: {name: {weight: ..., type: ..., ...}}")
+    phases: tuple[PhaseConfig, ...] = Field((), description="later changes: [{from_tokens: ..., seq_len: ...}]")
+    workers: int | None = Field(None, ge=0, description="threads that read ahead; null: 1 on CUDA, else 0")
+    prefetch: int = Field(2, ge=1, description="steps that a worker reads ahead")
 
     @model_validator(mode="before")
     @classmethod
@@ -70,6 +102,54 @@ class DataConfig(Config):
         given = [key for key in ("paths", "validation_paths") if getattr(self, key)]
         if self.type == "python" and given:
             raise ValueError(f"data.{given[0]} is given, but data.type=python reads no files; choose data=files")
+        return self
+
+    @model_validator(mode="after")
+    def _mixture_is_whole(self) -> DataConfig:
+        for name in self.sources:
+            if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
+                raise ValueError(f"sources has the name {name!r}; names take letters, digits, '-' and '_'")
+        usual = DEFAULTS_OF_TYPE["python"]
+        for key, field in DataConfig.model_fields.items() if self.sources else ():
+            if key not in OF_THE_WHOLE and getattr(self, key) != usual.get(key, field.default):
+                raise ValueError(f"{key}={getattr(self, key)} beside sources; it belongs to a source: sources.NAME.{key}")
+        if self.sources and not any(source.weight for source in self.sources.values()):
+            raise ValueError("sources: every weight is 0; give one that is not")
+        return self
+
+    @model_validator(mode="after")
+    def _phases_follow(self) -> DataConfig:
+        starts = [phase.from_tokens for phase in self.phases]
+        for i, (before, start) in enumerate(zip(starts, starts[1:]), 1):
+            if start <= before:
+                raise ValueError(
+                    f"phases[{i}].from_tokens={start} does not come after phases[{i - 1}].from_tokens={before}; list "
+                    "phases in their order"
+                )
+        for i, phase in enumerate(self.phases):
+            if phase.weights is None:
+                continue
+            if set(phase.weights) != set(self.sources):
+                raise ValueError(
+                    f"phases[{i}].weights={phase.weights}: must name each of sources, which are "
+                    f"{', '.join(self.sources) or 'not given'}; 0 leaves one out"
+                )
+            if not any(phase.weights.values()):
+                raise ValueError(f"phases[{i}].weights={phase.weights}: every weight is 0; give one that is not")
+        return self
+
+
+class SourceConfig(DataConfig):
+    """One source of a mixture. Its share of the tokens is its weight over the sum of weights, in every phase that
+    gives no weights of its own."""
+
+    weight: float = Field(1.0, ge=0)
+
+    @model_validator(mode="after")
+    def _no_mixture(self) -> SourceConfig:
+        for key in sorted(OF_THE_WHOLE - {"name", "threads", "cache_dir"}):
+            if getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key}={getattr(self, key)}: is set for the whole mixture, at data.{key}")
         return self
 
 

@@ -18,6 +18,7 @@ class Context:
     slots: where compressed blocks lie; slot_rotation: cos and sin at their first tokens, fp32 [C, 1, Dqk // 2]; both
         None where no layer compresses: none is an NSA layer, or all documents are within attention.dense_len, so that
         NSA layers attend to all. collect: whether layers report their health.
+    real: bool [T], which tokens are no padding; None: all.
     """
 
     packing: Packing
@@ -25,13 +26,19 @@ class Context:
     slots: CompressedSlots | None
     slot_rotation: tuple[Tensor, Tensor] | None
     collect: bool = False
+    real: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: ModelConfig, attention: AttentionConfig, packing: Packing, collect: bool = False) -> Context:
+    def of(
+        cls, model: ModelConfig, attention: AttentionConfig, packing: Packing, collect: bool = False,
+        padding: Tensor | None = None,
+    ) -> Context:
         slots = slot_rotation = None
         if "nsa" in attention.layer_types(model.num_layers) and packing.max_seqlen > attention.dense_len:
             slots = CompressedSlots.of(packing, attention.kernel_size, attention.kernel_stride)
             if attention.compressed_rope:
                 slot_rotation = rotation(slots.position, model.rope, model.head_dim_qk)
-        return cls(packing, rotation(packing.position, model.rope, model.head_dim_qk), slots, slot_rotation, collect)
+        real = None if padding is None else ~padding.flatten()
+        turn = rotation(packing.position, model.rope, model.head_dim_qk)
+        return cls(packing, turn, slots, slot_rotation, collect, real)

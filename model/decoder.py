@@ -11,11 +11,12 @@ from torch.utils.checkpoint import checkpoint
 
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.block import Block
-from sieve.model.config import AttentionConfig, LossConfig, ModelConfig
+from sieve.model.config import AttentionConfig, LossConfig, ModelConfig, RopeConfig
 from sieve.model.context import Context
 from sieve.model.head import Head
 from sieve.model.loss import IGNORE
 from sieve.model.norm import RMSNorm
+from sieve.model.rope import attention_scale
 
 Checkpointing = Literal["none", "block"]
 
@@ -71,14 +72,24 @@ class Decoder(nn.Module):
             raise ValueError(f"activation checkpointing {mode!r} is not one of {', '.join(get_args(Checkpointing))}")
         self.checkpointing = mode
 
+    def set_rope(self, rope: RopeConfig) -> None:
+        """Rotate by `rope` from now on: a longer context's YaRN, say. No parameter changes."""
+        if rope == self.config.rope:
+            return
+        self.config = self.config.model_copy(update={"rope": rope})
+        for layer in self.layers:
+            layer.attention.scale = attention_scale(rope, self.config.head_dim_qk)
+
     def forward(
-        self, tokens: Tensor, labels: Tensor, packing: Packing, *, collect: bool = False, per_token: bool = False
+        self, tokens: Tensor, labels: Tensor, packing: Packing, *, padding: Tensor | None = None, collect: bool = False,
+        per_token: bool = False,
     ) -> DecoderOutput:
         """tokens, labels int64 [B, S] (label -100 = none); packing lays out their B * S tokens, row after row.
 
+        padding: bool [B, S], tokens without meaning, which the balance of experts leaves out; None: there are none.
         collect: fill `health`. per_token: fill `token_loss`.
         """
-        x, reports = self._hidden(tokens, packing, collect)
+        x, reports = self._hidden(tokens, packing, collect, padding)
         labels = labels.flatten()
         loss, ce, token = self.head(x, labels, per_token)
         penalties = [report["aux_loss"] for report in reports if "aux_loss" in report]
@@ -100,12 +111,14 @@ class Decoder(nn.Module):
         x, _ = self._hidden(tokens, packing, collect=False)
         return self.head(x).view(*tokens.shape, -1)
 
-    def _hidden(self, tokens: Tensor, packing: Packing, collect: bool) -> tuple[Tensor, list[dict]]:
+    def _hidden(
+        self, tokens: Tensor, packing: Packing, collect: bool, padding: Tensor | None = None
+    ) -> tuple[Tensor, list[dict]]:
         if packing.total_tokens != tokens.numel():
             raise ValueError(
                 f"packing lays out {packing.total_tokens} tokens, tokens {list(tokens.shape)} has {tokens.numel()}"
             )
-        context = Context.of(self.config, self.attention_config, packing, collect)
+        context = Context.of(self.config, self.attention_config, packing, collect, padding)
         x = self.embed(tokens.flatten())  # [T, hidden]
         again = self.checkpointing == "block" and torch.is_grad_enabled()
         reports = []

@@ -39,7 +39,7 @@ _DECISIVE = (
 )
 _INDIFFERENT = {
     "model.name", "data.name", "tokenizer.name", "attention.impl", "attention.save_outputs",
-    "data.cache_dir", "data.threads", "data.max_broken",
+    "data.cache_dir", "data.threads", "data.max_broken", "data.workers", "data.prefetch",
 }
 
 
@@ -104,7 +104,7 @@ def check_fits(saved: Saved, config: RunConfig, world_size: int) -> None:
     found = {
         key: values
         for key, values in differences(flatten(saved.manifest["config"]), flatten(config.dump())).items()
-        if key.startswith(_DECISIVE) and key not in _INDIFFERENT
+        if key.startswith(_DECISIVE) and re.sub(r"^data\.sources\.[^.]+", "data", key) not in _INDIFFERENT
     }
     if found:
         listed = ", ".join(f"{key}={shown(now)} (was {shown(then)})" for key, (then, now) in found.items())

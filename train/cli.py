@@ -12,7 +12,7 @@ COMMANDS = {
     "train": ("sieve.train.run", "pretrain a model"),
     "twin": ("sieve.train.twin", "train with full attention, then with NSA, and compare"),
     "compare": ("sieve.train.compare", "compare two runs: table, plot, HTML report"),
-    "bench": ("sieve.scripts.bench_attention", "measure the attention kernels"),
+    "bench": ("sieve.scripts.bench.command", "measure attention kernels, or reading data"),
 }
 
 

@@ -79,6 +79,7 @@ def run(config: RunConfig) -> int:
 
 
 def _train(config: RunConfig, place: Place, start: Saved | None) -> int:
+    from sieve.data.rows import ReadError
     from sieve.train.build import build
     from sieve.train.loop import NonFiniteLoss, train
     from sieve.train.signals import StopSignal
@@ -92,10 +93,11 @@ def _train(config: RunConfig, place: Place, start: Saved | None) -> int:
     try:
         with StopSignal() as stop:
             status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, ReadError) as error:
         print(f"sieve train: {error}", file=sys.stderr)
         return 1
     finally:
+        training.loader.close()
         training.engine.close()
     if status == "stopped":
         log.info("stopped at step %d of %d and saved; the same command goes on from there", training.run.step, steps)
@@ -118,12 +120,13 @@ def _start(config: RunConfig, place: Place) -> Saved | ValueError | None:
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
-    group = config.micro_batch * world_size
-    if config.global_batch % group:
-        raise ValueError(
-            f"global_batch={config.global_batch} is not divisible by micro_batch={config.micro_batch} times "
-            f"{world_size} processes; choose a multiple of {group}, or a smaller micro_batch"
-        )
+    for phase in config.phases:
+        group = phase.micro_batch * world_size
+        if phase.global_batch % group:
+            raise ValueError(
+                f"global_batch={phase.global_batch} is not divisible by micro_batch={phase.micro_batch} times "
+                f"{world_size} processes; choose a multiple of {group}, or a smaller micro_batch"
+            )
 
 
 def _is_for_the_user(error: ValueError) -> bool:

@@ -21,7 +21,7 @@ MISTAKES = [
     ("model=smal", "model=smal: no such choice; did you mean model=small? there are 1b, base, nsa-27b, small, tiny"),
     ("zero=4", "zero=4: no such choice; there are 0, 1, 2, 3"),
     ("attention=nas", "attention=nas: no such choice; did you mean attention=nsa? there are full, nsa, window"),
-    ("experiment=foo", "experiment=foo: no such choice; there are twin-cpu, twin-gpu"),
+    ("experiment=foo", "experiment=foo: no such choice; there are books-python-8k-32k, twin-cpu, twin-gpu"),
     ("model=null", "model=null: no such choice"),
     # types and values
     ("steps=ten", "steps=ten: must be a valid integer"),
@@ -57,6 +57,19 @@ MISTAKES = [
     ("seq_len=16", "seq_len=16 is less than attention.kernel_size=32"),
     ("schedule.warmup=2000", "schedule.warmup=2000 steps is more than the run's 1000"),
     ("data.paths=[a]", "data.paths is given, but data.type=python reads no files; choose data=files"),
+    # mixtures and phases
+    ("data=books-python data.sources.books.wieght=2", "sources.books: SourceConfig has no key 'wieght'; did you mean weight"),
+    ("data=books-python data.sources.books.weight=-2", "data.sources.books.weight=-2: must be greater than or equal to 0"),
+    ("data=books-python data.max_bytes=3", "data.max_bytes=3 beside sources; it belongs to a source: sources.NAME.max_bytes"),
+    ("data=books-python data.sources.books.workers=3", "data.sources.books.workers=3: is set for the whole mixture"),
+    ("data.packing=bestfit", "must be 'concatenate', 'best_fit' or 'document'; did you mean best_fit?"),
+    ("data.phases=[{from_tokens:9,seqlen:64}]", "data.phases[0]: PhaseConfig has no key 'seqlen'; did you mean seq_len?"),
+    ("data.phases=[{from_tokens:0}]", "data.phases[0].from_tokens=0: must be greater than 0"),
+    ("data.phases=[{from_tokens:9},{from_tokens:9}]", "phases[1].from_tokens=9 does not come after phases[0].from_tokens=9"),
+    ("data.phases=[{from_tokens:9,seq_len:8}]", "data.phases[0].seq_len=8 is less than attention.kernel_size=32"),
+    ("data.phases=[{from_tokens:9,global_batch:6,micro_batch:4}]", "data.phases[0].global_batch=6 is not divisible by"),
+    ("data=books-python data.phases=[{from_tokens:9,weights:{book:1}}]", "must name each of sources, which are books, python"),
+    ("data.upsample={64:-1}", "data.upsample.64=-1: must be greater than or equal to 0"),
     # syntax
     ("steps", "steps: is not KEY=VALUE"),
     ("steps==3", "steps==3: cannot be read as KEY=VALUE"),
