@@ -45,8 +45,8 @@ def build_stores(data: DataConfig, tokenizer: TokenizerConfig) -> Stores:
     """
     root = cache_root(data.cache_dir)
     source = source_of(data)
-    if data.validation_paths:
-        held_out = source_of(data, "data.validation_paths")
+    if data.validation_paths or data.validation_split:
+        held_out = source_of(data, validation=True)
         _disjoint(source, held_out)
         split = Split(None)
         trained = _tokenizer(root, source, split, tokenizer)
@@ -157,10 +157,10 @@ def _flush(
 
 def _disjoint(source: Source, held_out: Source) -> None:
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
-        shared = {path.resolve() for path, _ in source.files} & {path.resolve() for path, _ in held_out.files}
+        shared = {file.key for file in source.files} & {file.key for file in held_out.files}
         if shared:
             raise ValueError(
-                f"data.validation_paths and data.paths share {len(shared)} files, as {min(shared)}; a model is not "
+                f"{held_out.key} and {source.key} share {len(shared)} files, as {min(shared)}; a model is not "
                 "validated on its own training text: take them out of one"
             )
 

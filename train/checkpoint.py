@@ -39,6 +39,7 @@ _DECISIVE = (
 )
 _INDIFFERENT = {
     "model.name", "data.name", "tokenizer.name", "attention.impl", "data.cache_dir", "data.threads", "data.max_broken",
+    "data.storage_options", "data.retries", "data.timeout", "data.verify",
 }
 
 
