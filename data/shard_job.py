@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -65,18 +66,22 @@ def prepare_shards(
         if journal is None:
             (out / JOURNAL).unlink(missing_ok=True)
             return Outcome(True, json.loads((out / MANIFEST).read_text()), 0.0, 0)
+        for left_over in out.glob(f"{TOKENIZER}.tmp-*"):
+            shutil.rmtree(left_over)
+        write_json(out / JOURNAL, journal)  # from here on the folder belongs to these settings
         if not (out / TOKENIZER).exists():
             with staged(out / TOKENIZER) as folder:
                 save(encoder, folder)
-        return _Job(data.name, passes, encoder, out, settings, journal, shard_tokens).run(processes, save_every, stop)
+        return _Job(data.name, passes, encoder, out, journal, shard_tokens).run(processes, save_every, stop)
 
 
 class _Job:
     def __init__(
-        self, name: str, passes: list[tuple[Source, Split]], encoder: Encoder, out: Path, settings: dict[str, Any],
-        journal: dict[str, Any], shard_tokens: int,
+        self, name: str, passes: list[tuple[Source, Split]], encoder: Encoder, out: Path, journal: dict[str, Any],
+        shard_tokens: int,
     ):
-        self._name, self._passes, self._encoder, self._out, self._settings = name, passes, encoder, out, settings
+        self._name, self._passes, self._encoder, self._out = name, passes, encoder, out
+        self._settings: dict[str, Any] = journal["settings"]
         self._place: tuple[int, dict[str, int]] = (journal["pass"], journal["cursor"])
         self._skipped: list[str] = journal["skipped"]
         self._writers = {
@@ -184,10 +189,10 @@ def _journal(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
             told = ", ".join(f"{key} {was.get(key)} instead of {settings[key]}" for key in changed)
             raise ValueError(f"{out} was made with other settings: {told}; give another out=, or remove the folder")
         return None if name == MANIFEST else found
-    left = [] if not out.exists() else [p.name for p in out.iterdir() if p.name not in (TOKENIZER, *PARTS)]
-    if any(not name.startswith(".") and ".tmp-" not in name for name in left):
-        raise ValueError(f"{out} holds other files, as {sorted(left)[0]}; give another out=")
-    return {"pass": 0, "cursor": {}, "skipped": [], "parts": {}}
+    others = sorted(path.name for path in out.iterdir() if path.name != f".{JOURNAL}.tmp")
+    if others:
+        raise ValueError(f"{out} holds other files, as {others[0]}; give another out=")
+    return {"settings": settings, "pass": 0, "cursor": {}, "skipped": [], "parts": {}}
 
 
 @contextmanager

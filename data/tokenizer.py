@@ -83,7 +83,8 @@ class Tokenizer:
         try:
             model = (file / cls.FILE if file.is_dir() else file).read_bytes()
         except OSError as error:
-            raise ValueError(f"tokenizer.path={path} cannot be read: {error.strerror}") from error
+            hint = "; for its tokenizer.json choose tokenizer=huggingface" if (file / "tokenizer.json").exists() else ""
+            raise ValueError(f"tokenizer.path={path} cannot be read: {error.filename}: {error.strerror}{hint}") from error
         tokenizer = cls(model, f"tokenizer.path={path}")
         warn_if_lossy(tokenizer, path)
         return tokenizer

@@ -12,6 +12,8 @@ COMMANDS = {
     "train": ("sieve.train.run", "pretrain a model"),
     "twin": ("sieve.train.twin", "train with full attention, then with NSA, and compare"),
     "compare": ("sieve.train.compare", "compare two runs: table, plot, HTML report"),
+    "tokenizer": ("sieve.scripts.train_tokenizer", "train a tokenizer, measure it, export it to transformers"),
+    "prepare": ("sieve.scripts.prepare_data", "tokenize text into shards to train from"),
     "bench": ("sieve.scripts.bench_attention", "measure the attention kernels"),
 }
 
