@@ -33,13 +33,13 @@ def hub_files(config: DataConfig, split: str, forced: Format | None, key: str, r
 
     named = f"data.repo={config.repo}" + (f" data.subset={config.subset}" if config.subset else "")
     try:
-        builder = datasets.load_dataset_builder(
-            config.repo, config.subset, data_dir=config.data_dir, revision=config.revision,
+        builder = remote.patiently(
+            lambda: datasets.load_dataset_builder(
+                config.repo, config.subset, data_dir=config.data_dir, revision=config.revision
+            ), f"looking up {config.repo}",
         )
     except (datasets.exceptions.DatasetsError, FileNotFoundError, ValueError, RuntimeError) as error:
         raise ValueError(f"{named}: {_first_line(error)}") from error
-    except OSError as error:
-        raise ValueError(f"{named}: the Hub cannot be reached: {type(error).__name__} {_first_line(error)}") from error
     found = {str(name): list(files) for name, files in (builder.config.data_files or {}).items()}
     if split not in found:
         raise ValueError(f"{key}={split}: no such split in {named}; there are {', '.join(found) or 'none'}")

@@ -58,7 +58,7 @@ class Remote:
         system, path = self.system(url, key)
         if "*" in path:
             paths = sorted(str(p) for p in self.patiently(lambda: system.glob(path), f"listing {url}", key))
-        elif path.endswith("/"):
+        elif url.endswith("/"):
             under = sorted(str(p) for p in self.patiently(lambda: system.find(path), f"listing {url}", key))
             paths = [p for p in under if forced or format_of(_pure(p))]
         else:
@@ -95,7 +95,8 @@ class Remote:
         for attempt in range(self.retries + 1):
             try:
                 return call()
-            except Exception as error:
+            except Exception as raised:
+                error = _behind(raised)
                 if not is_transient(error):
                     if _is_refusal(error):
                         raise ValueError(f"{key}: {what}: {_words(error)}".removeprefix(": ")) from error
@@ -174,6 +175,14 @@ def is_transient(error: BaseException) -> bool:
     return isinstance(error, (OSError, EOFError)) or bool(packages & _NETWORK_PACKAGES)
 
 
+def _behind(error: Exception) -> Exception:
+    """What an error stands for: fsspec tells of a refused or broken request for a file's size as of a missing file."""
+    cause = error.__cause__
+    if isinstance(error, FileNotFoundError) and isinstance(cause, Exception) and _status(cause) not in (404, 410):
+        return cause
+    return error
+
+
 def _is_refusal(error: BaseException) -> bool:
     return _status(error) is not None or isinstance(error, PermissionError)
 
@@ -208,7 +217,7 @@ class _Blocks(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        return self._stream is None
+        return True  # else BufferedReader refuses in its own words
 
     def tell(self) -> int:
         return self._position

@@ -134,11 +134,15 @@ class _Job:
                     texts.append(text)
                     held += len(text)
                 if held >= BATCH_CHARS:
-                    done = (number + source.done) / len(self._passes)
-                    yield ((number, source.cursor), done, skipped, parts), names, texts
+                    yield ((number, source.cursor), self._done(number, source.done), skipped, parts), names, texts
                     parts, names, texts, held = [], [], [], 0
             skipped = [*skipped, source.skipped()]
-            yield ((number + 1, {}), (number + 1) / len(self._passes), skipped, parts), names, texts
+            yield ((number + 1, {}), self._done(number, 1.0), skipped, parts), names, texts
+
+    def _done(self, number: int, of_it: float) -> float:
+        """Share of the work when `of_it` of pass `number` is over, by the bytes that each source says it has."""
+        sizes = [max(source.description.get("bytes", 0), 1) for source, _ in self._passes]
+        return (sum(sizes[:number]) + of_it * sizes[number]) / sum(sizes)
 
     def _save(self) -> None:
         for writer in self._writers.values():
