@@ -100,14 +100,21 @@ class FileSource:
         """As in Source: files before the cursor are not opened, records before it in its file not parsed."""
         self._at = Cursor(**cursor)
         for ordinal in range(self._at.file, len(self.files)):
-            if self._max_bytes is not None and self._at.taken >= self._max_bytes:
+            if self._full():
                 return
             if ordinal > self._at.file:
                 self._at = replace(self._at, file=ordinal, record=0, documents=0)
             for document in self._documents():
                 yield document
-                if self._max_bytes is not None and self._at.taken >= self._max_bytes:
+                if self._full():
                     return
+
+    def _full(self) -> bool:
+        """Whether max_bytes are taken."""
+        if self._max_bytes is None or self._at.taken < self._max_bytes:
+            return False
+        self.done = 1.0
+        return True
 
     def sample(self, max_bytes: int) -> Iterator[Document]:
         """As in Source: the beginnings of files taken in a pseudo-random order, alike much of each; where max_bytes
