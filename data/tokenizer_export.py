@@ -26,8 +26,9 @@ def given_tokenizer(config: TokenizerConfig) -> Encoder | None:
 def save(tokenizer: Encoder, folder: Path) -> None:
     """Write `tokenizer` into the existing `folder`: the model itself, and the files of transformers.
 
-    The exported one begins a text with bos unless it is told add_special_tokens=False, and unlike ours it takes the
-    name of a special token in a text for that token and SentencePiece's space mark for a space.
+    The exported one begins a text with bos unless it is told add_special_tokens=False. It gives the ids of
+    SentencePiece, but takes the name of a special token in a text for that token and the space mark for a space, and
+    where a unigram model has several cuts of equal probability, as of many spaces, rounding may choose another.
     """
     # seconds, which few callers spend
     from transformers import PreTrainedTokenizerFast

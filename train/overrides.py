@@ -89,6 +89,8 @@ def _normal(text: str, groups: dict[str, list[str]]) -> str:
     if key == "attention" and isinstance(value, list):
         return f"++attention.layers={raw}"
     if key not in groups:
+        if (resources.files(_CONFIGS) / key).is_dir():
+            raise ConfigError(f"{text}: this command has no such group; there are {', '.join(groups)}")
         return f"++{key}={raw}"
     choice = shown(value)
     if choice not in groups[key]:

@@ -163,8 +163,8 @@ class HubHandler(Handler):
         if not top.is_dir():
             return self.answer(404, b'{"error":"Entry not found"}', X_Error_Code="EntryNotFound")
         entries = [
-            {"type": "directory" if p.is_dir() else "file", "oid": f"{len(p.name):040x}", "path": str(p.relative_to(self.folder)),
-             "size": 0 if p.is_dir() else p.stat().st_size}
+            {"type": "directory" if p.is_dir() else "file", "oid": f"{len(p.name):040x}",
+             "path": str(p.relative_to(self.folder)), "size": 0 if p.is_dir() else p.stat().st_size}
             for p in sorted(top.rglob("*") if recursive else top.iterdir())
         ]
         return self.answer(200, json.dumps(entries).encode(), Content_Type="application/json")
