@@ -15,7 +15,7 @@ from sieve.scripts import bench_prepare
 def text(tmp_path):
     lines = [f"{argparse.__doc__}{json.__doc__}{random.__doc__}{i}" for i in range(99)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    (tmp_path / "t.model").write_bytes(train(lines, TokenizerConfig(vocab_size=290)).model)
+    (tmp_path / "t.model").write_bytes(train(lines, TokenizerConfig(vocab_size=400)).model)
     return [str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "t.model")]
 
 
