@@ -188,7 +188,12 @@ def _is_refusal(error: BaseException) -> bool:
 
 
 def _status(error: BaseException) -> int | None:
-    status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+    """The HTTP status that an error of aiohttp, of requests and httpx, or of botocore tells."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    else:
+        status = getattr(error, "status", None) or getattr(response, "status_code", None)
     return status if isinstance(status, int) else None
 
 

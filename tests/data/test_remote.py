@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -165,6 +166,22 @@ def test_packages_and_protocols_that_are_missing():
         source("nothing://x/a.txt")
     with pytest.raises(ValueError, match="needs a package that is not installed: .*adlfs"):
         source("abfs://x/a.txt")
+
+
+class Told(Exception):
+    """An error with an HTTP status, as each library tells it."""
+
+    def __init__(self, **attributes):
+        vars(self).update(attributes)
+
+
+@pytest.mark.parametrize("status, again", [(503, True), (429, True), (404, False), (403, False)])
+def test_statuses_as_libraries_tell_them(status, again):
+    for attributes in (
+        {"status": status}, {"response": SimpleNamespace(status_code=status)},
+        {"response": {"ResponseMetadata": {"HTTPStatusCode": status}}},
+    ):
+        assert is_transient(Told(**attributes)) == again
 
 
 @pytest.mark.parametrize("error, again", [
