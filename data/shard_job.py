@@ -103,6 +103,8 @@ class _Job:
                 try:
                     batch = next(encoded, None)
                 except ValueError:
+                    if stop():  # a SIGTERM to the whole group ends the tokenizing processes too
+                        break
                     self._save()
                     raise
                 if batch is None:

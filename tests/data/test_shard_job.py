@@ -1,7 +1,5 @@
 """Shards depend on text, tokenizer and shard size alone: not on processes, stops, kills, or where the text lies."""
 
-import functools
-import http.server
 import json
 import os
 import random
@@ -10,11 +8,12 @@ import subprocess
 import sys
 import textwrap
 import threading
+from collections import Counter
 
 import numpy as np
 import pytest
 
-from sieve.data import shard_job
+from sieve.data import remote, shard_job
 from sieve.data.config import DataConfig, TokenizerConfig
 from sieve.data.prepare import build_stores
 from sieve.data.shard_job import prepare_shards
@@ -239,20 +238,25 @@ def test_worker_processes_end_with_a_killed_parent(data, model, tmp_path):
     pytest.fail("processes were left behind")
 
 
-def test_text_over_http_gives_the_same_shards(data, model, tmp_path, corpus, undisturbed):
-    class Quiet(http.server.SimpleHTTPRequestHandler):
-        def log_message(self, *arguments):
-            pass
-
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=corpus))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        urls = tuple(f"http://127.0.0.1:{server.server_port}/{name}.jsonl" for name in "ab")
-        prepared(data.model_copy(update={"paths": urls}), model, tmp_path / "http")
-    finally:
-        server.shutdown()
-        server.server_close()
+def test_text_over_a_failing_network_gives_the_same_shards(data, model, tmp_path, corpus, undisturbed, servers, monkeypatch):
+    """Faults of every kind, stops between batches, and at last the same bytes."""
+    for name, value in (("FIRST_BLOCK", 2000), ("LARGEST_BLOCK", 20_000), ("FIRST_PAUSE", 0.001)):
+        monkeypatch.setattr(remote, name, value)
+    monkeypatch.setattr(shard_job, "BATCH_CHARS", 20_000)
+    faults = ["", *["503", "reset", "", "truncated", "short", "", "429", ""] * 8]
+    with servers.Server(servers.FlakyHandler, folder=corpus, faults=faults, seen=Counter()) as server:
+        urls = tuple(f"{server.url}/{name}.jsonl" for name in "ab")
+        finished, stops = False, 0
+        while not finished:
+            left = iter(range(5))
+            outcome = prepared(
+                data.model_copy(update={"paths": urls}), model, tmp_path / "http",
+                stop=lambda left=left: next(left, None) is None)
+            finished, stops = outcome.finished, stops + 1
+        seen = server._server.RequestHandlerClass.seen
+    assert stops > 3 and all(seen[kind] >= 4 for kind in ("503", "reset", "truncated", "short", "429")), seen
     found = contents(tmp_path / "http")
+    assert found.keys() == undisturbed.keys()
     for name in undisturbed.keys() - {"manifest.json"}:  # which names the files
         assert found[name] == undisturbed[name]
     assert json.loads(found["manifest.json"])["parts"] == json.loads(undisturbed["manifest.json"])["parts"]

@@ -19,6 +19,7 @@ def text(tmp_path):
     return [str(tmp_path / "a.jsonl"), "--tokenizer", str(tmp_path / "t.model")]
 
 
+@pytest.mark.slow
 def test_a_round_leaves_its_figures(text, tmp_path, capsys):
     bench_prepare.main([*text, "--cores", "1", "--rounds", "1", "--out", str(tmp_path / "out")])
     assert "1 cores: tokenizer alone" in capsys.readouterr().out
