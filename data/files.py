@@ -19,7 +19,7 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
         ".rb", ".sh", ".sql", ".css", ".toml", ".yaml", ".yml", ".ini", ".cfg",
     ),
 }
-HASHED_WHOLE = 64 << 20  # bytes; of larger files, samples, the size and the time of change
+SAMPLES, SAMPLE = 16, 64 << 10  # of a file that is not hashed whole: how many, and bytes of each
 
 
 class File(Protocol):
@@ -39,8 +39,8 @@ class File(Protocol):
 
     def open(self) -> BinaryIO: ...
 
-    def digest(self) -> bytes:
-        """Changes when the content may have changed."""
+    def digest(self, whole: int) -> bytes:
+        """Changes when the content may have changed; of up to `whole` bytes, when it has."""
 
 
 @dataclass(frozen=True)
@@ -69,17 +69,17 @@ class LocalFile:
     def open(self) -> BinaryIO:
         return self.path.open("rb")
 
-    def digest(self) -> bytes:
-        """Of the content; of a file above 64 MiB, of samples of it, its size and its time of change."""
+    def digest(self, whole: int) -> bytes:
+        """Of the content; of a file above `whole` bytes, of samples of it, its size and its time of change."""
         status = self.path.stat()
         digest = hashlib.blake2b(digest_size=16)
         with self.path.open("rb") as file:
-            if status.st_size <= HASHED_WHOLE:
+            if status.st_size <= whole:
                 return hashlib.file_digest(file, lambda: digest).digest()
-            digest.update(str(status.st_mtime_ns).encode())
-            for i in range(16):
-                file.seek((status.st_size - (1 << 20)) * i // 15)
-                digest.update(file.read(1 << 20))
+            digest.update(f"{status.st_size} {status.st_mtime_ns}".encode())
+            for i in range(SAMPLES):
+                file.seek(max(status.st_size - SAMPLE, 0) * i // (SAMPLES - 1))
+                digest.update(file.read(SAMPLE))
         return digest.digest()
 
 

@@ -159,8 +159,9 @@ class _Job:
         self._save()
         empty = [part for part, writer in self._writers.items() if not writer.num_documents]
         if empty:
+            source, _ = self._passes[0 if empty[0] == "train" else -1]
             raise ValueError(
-                f"there is no {empty[0]} document in {self._passes[-1][0].description} ({', '.join(self._skipped)} left "
+                f"there is no {empty[0]} document in {source.description} ({', '.join(self._skipped)} left "
                 "out); change data.validation_fraction, or give validation text of its own or more documents"
             )
         tokens = self._counts()[1] - self._before[1]

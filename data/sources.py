@@ -21,6 +21,7 @@ from sieve.data.remote import Remote, RemoteFile
 logger = logging.getLogger(__name__)
 
 CHECKED_FILES, CHECKED_REMOTE = 64, 4  # files whose first record is looked at before any work
+HASHED_WHOLE, HASHED_TOTAL = 64 << 20, 4 << 30  # bytes of a file, and of all files, that a start may read to know them
 SAMPLE_FLOOR = 64 << 10  # bytes of text from a file, where there are many files
 
 
@@ -137,8 +138,9 @@ class FileSource:
         """As in Source: of names' suffixes, sizes and contents in order, so that a moved folder is still the same."""
         settings = (self._field, self._min_bytes, self._max_bytes, self._largest)
         digest = hashlib.blake2b(repr(settings).encode(), digest_size=16)
+        whole = HASHED_WHOLE if self._before[-1] <= HASHED_TOTAL else 0
         for file, size in zip(self.files, self._sizes):
-            digest.update(f"{file.kind}{file.name.rpartition('.')[2]}{size}".encode() + file.digest())
+            digest.update(f"{file.kind}{file.name.rpartition('.')[2]}{size}".encode() + file.digest(whole))
         return digest.hexdigest()
 
     def skipped(self) -> str:

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from sieve.data import sources
 from sieve.data.config import DataConfig
 from sieve.data.sources import source_of
 
@@ -181,6 +182,16 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path):
     assert source(tmp_path / "moved", min_bytes=2).fingerprint() != before
     (tmp_path / "moved" / "b.jsonl").write_bytes(lines(TEXTS).replace(b"first", b"fjrst"))
     assert source(tmp_path / "moved").fingerprint() != before
+
+
+def test_fingerprint_of_much_text_reads_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HASHED_TOTAL", 100)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(["x" * 1000] * 400))
+    before = source(tmp_path).fingerprint()
+    assert source(tmp_path).fingerprint() == before
+    (tmp_path / "a.jsonl").touch()
+    assert source(tmp_path).fingerprint() != before
 
 
 def test_sample_takes_from_every_file(tmp_path):
