@@ -32,7 +32,6 @@ from sieve.data.config import DataConfig, TokenizerConfig
 from sieve.data.shard_job import BATCH_CHARS, prepare_shards
 from sieve.data.sources import source_of
 from sieve.data.tokenizer import PIECE_CHARS, Tokenizer, cut
-from sieve.train.environment import git_state
 
 TARGET = 0.85  # of the tokenizer's speed per core
 PACKAGES = ("sieve-lm", "sentencepiece", "numpy", "pyarrow", "zstandard", "tokenizers")
@@ -119,6 +118,8 @@ def _run(processes: Sequence[Any], results: Any) -> list[Any]:
 
 def origin(argv: Sequence[str]) -> dict[str, Any]:
     """Command, commit, versions and hardware of this run."""
+    from sieve.train.environment import git_state  # imports torch, which every measured process would do too
+
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     git = git_state(Path(__file__).resolve().parent) or {}
     return {
