@@ -7,6 +7,7 @@ resumed twice or behind a buffer, and a cursor of files and records does not.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,8 @@ from sieve.data.files import File, Format, format_of
 if TYPE_CHECKING:
     from sieve.data.config import DataConfig
     from sieve.data.remote import Remote
+
+logger = logging.getLogger(__name__)
 
 
 def hub_files(config: DataConfig, split: str, forced: Format | None, key: str, remote: Remote) -> list[File]:
@@ -51,6 +54,7 @@ def hub_files(config: DataConfig, split: str, forced: Format | None, key: str, r
             "are read"
         )
     readable = [e for e in entries if e not in set(unreadable)]
+    logger.info("%s: %d files for %s, as %s", named, len(readable), split, readable[0])
     return expand(readable, forced, "data.repo", remote)
 
 

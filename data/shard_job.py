@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import shutil
@@ -72,7 +73,14 @@ def prepare_shards(
         if not (out / TOKENIZER).exists():
             with staged(out / TOKENIZER) as folder:
                 save(encoder, folder)
-        return _Job(data.name, passes, encoder, out, journal, shard_tokens).run(processes, save_every, stop)
+        try:
+            return _Job(data.name, passes, encoder, out, journal, shard_tokens).run(processes, save_every, stop)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+                raise
+            raise ValueError(
+                f"{out} cannot be written ({error.strerror}); what is saved stays: make room, and the same command goes on"
+            ) from error
 
 
 class _Job:

@@ -1,5 +1,6 @@
 """Shards depend on text, tokenizer and shard size alone: not on processes, stops, kills, or where the text lies."""
 
+import errno
 import json
 import os
 import random
@@ -145,6 +146,24 @@ def test_too_many_broken_documents_keep_what_is_done(data, model, tmp_path, monk
     journal = json.loads((tmp_path / "out" / "journal.json").read_text())
     assert journal["cursor"]["file"] == 1 and journal["parts"]["train"]["open"]["documents"] > 0
     assert prepared(data, model, tmp_path / "out").finished
+
+
+def test_a_full_disk_is_told_and_got_over(data, model, tmp_path, undisturbed, monkeypatch):
+    monkeypatch.setattr(shard_job, "BATCH_CHARS", 5000)
+    real, left = shard_job.ShardWriter._write, iter(range(60))
+
+    def write(self, which, content):
+        if next(left, None) is None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(self, which, content)
+
+    monkeypatch.setattr(shard_job.ShardWriter, "_write", write)
+    with pytest.raises(ValueError, match="out cannot be written .No space left on device.; what is saved stays: make room"):
+        prepared(data, model, tmp_path / "out", save_every=0.0)
+    monkeypatch.setattr(shard_job.ShardWriter, "_write", real)
+    assert json.loads((tmp_path / "out" / "journal.json").read_text())["parts"]["train"]["open"]["documents"] > 0
+    prepared(data, model, tmp_path / "out")
+    assert contents(tmp_path / "out") == undisturbed
 
 
 def test_no_validation_text_says_so(data, model, tmp_path):
