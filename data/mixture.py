@@ -13,9 +13,7 @@ import sentencepiece
 from sieve.data.cache import cache_root, locked, staged
 from sieve.data.config import DataConfig, TokenizerConfig
 from sieve.data.phases import ONLY, phases_of
-from sieve.data.prepare import build_stores
-from sieve.data.sources import source_of
-from sieve.data.split import Split
+from sieve.data.prepare import build_stores, text_passes
 from sieve.data.tokenizer import Tokenizer, train
 from sieve.data.tokens import Tokens
 
@@ -99,7 +97,6 @@ def _sample(config: DataConfig, max_bytes: int) -> Iterator[str]:
     """Training text of one source."""
     if not max_bytes:
         return
-    source = source_of(config)
-    split = Split(None) if config.validation_paths else Split.of(source, config.validation_fraction)
+    source, split = text_passes(config)[0]
     for document in source.sample(max_bytes):
         yield from (text for part, text in split.parts(document) if part == "train")

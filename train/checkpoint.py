@@ -40,6 +40,7 @@ _DECISIVE = (
 _INDIFFERENT = {
     "model.name", "data.name", "tokenizer.name", "attention.impl", "attention.save_outputs",
     "data.cache_dir", "data.threads", "data.max_broken", "data.workers", "data.prefetch",
+    "data.storage_options", "data.retries", "data.timeout", "data.verify",
 }
 
 

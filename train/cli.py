@@ -12,7 +12,9 @@ COMMANDS = {
     "train": ("sieve.train.run", "pretrain a model"),
     "twin": ("sieve.train.twin", "train with full attention, then with NSA, and compare"),
     "compare": ("sieve.train.compare", "compare two runs: table, plot, HTML report"),
-    "bench": ("sieve.scripts.bench.command", "measure attention kernels, or reading data"),
+    "tokenizer": ("sieve.scripts.train_tokenizer", "train a tokenizer, measure it, export it to transformers"),
+    "prepare": ("sieve.scripts.prepare_data", "tokenize text into shards to train from"),
+    "bench": ("sieve.scripts.bench.command", "measure attention kernels, reading or preparing data"),
 }
 
 

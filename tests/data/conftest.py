@@ -74,3 +74,12 @@ def uneven():
     """Documents of 2 to 40 tokens; token 100 * d + i is the i-th of document d, so that each tells where it is from."""
     lengths = np.random.default_rng(0).integers(2, 41, 23)
     return [[100 * (d + 1) + i for i in range(n)] for d, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="session")
+def servers():
+    """The module servers.py, which importmode=importlib cannot import by name."""
+    spec = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
