@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.block import Block
+from sieve.model.cache import Cache
 from sieve.model.config import AttentionConfig, LossConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.head import Head
@@ -99,6 +100,32 @@ class Decoder(nn.Module):
         """Next-token logits [B, S, vocab] of tokens int64 [B, S]; in full, so for tests and short texts."""
         x, _ = self._hidden(tokens, packing, collect=False)
         return self.head(x).view(*tokens.shape, -1)
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, counts: Sequence[int], cache: Cache, *, every: bool = False) -> Tensor:
+        """Next-token logits of new tokens after what `cache` holds, and the tokens into it.
+
+        tokens int64 [T]: counts[b] new ones of sequence b, laid end to end, as many at a time as one likes. -> [B, vocab]
+        after each sequence's last new token, or with `every` [T, vocab] after each. Equal to `logits` of the whole
+        sequences within rounding. Raises ValueError when counts do not fit the tokens or the cache.
+        """
+        if sum(counts) != tokens.numel():
+            raise ValueError(f"counts={list(counts)} add up to {sum(counts)}, tokens {list(tokens.shape)} has {tokens.numel()}")
+        if not every and min(counts) < 1:
+            raise ValueError(f"counts={list(counts)}: a sequence without new tokens has no last one; pass every=True")
+        chunk = cache.begin(counts)
+        context = Context.of_chunk(self.config, self.attention_config, chunk)
+        x = self.embed(tokens.flatten())
+        for layer, own in zip(self.layers, cache.layers):
+            x, _ = layer(x, context=context, cache=own)
+        cache.commit(chunk, counts)
+        x = self.norm(x)
+        return self.head(x if every else x[chunk.packing.cu_seqlens[1:].long() - 1])
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache of this model for `batch` sequences of up to `capacity` tokens, where and as its weights are."""
+        weight = self.embed.weight
+        return Cache(self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype)
 
     def _hidden(self, tokens: Tensor, packing: Packing, collect: bool) -> tuple[Tensor, list[dict]]:
         if packing.total_tokens != tokens.numel():

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from sieve.kernels.nsa.api import nsa_attention
+from sieve.kernels.nsa.decode import nsa_decode
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import CompressedSlots
 from sieve.kernels.nsa.phi import PhiWeights, compress
+from sieve.model.cache import NSACache
+from sieve.model.chunk import Chunk
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.health import nsa_health
@@ -75,7 +78,8 @@ class NSA(nn.Module):
         if not self.share_kv:
             self.k_win_norm = norm()
 
-    def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, dict]:
+    def forward(self, x: Tensor, *, context: Context, cache: NSACache | None = None) -> tuple[Tensor, dict]:
+        """With a cache, x are the tokens of context.chunk, which it takes in."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))), context.rotation)
         k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))
         k_slc = rotate(self.k_norm(k), context.rotation)
@@ -85,17 +89,38 @@ class NSA(nn.Module):
             k_cmp, v_cmp = self._split(self.k_cmp_proj(x)), self._split(self.v_cmp_proj(x))
             k_win = rotate(self.k_win_norm(self._split(self.k_win_proj(x))), context.rotation)
             v_win = self._split(self.v_win_proj(x))
+        chunk = context.chunk
+        if cache is not None:
+            cache.append(k_slc, v, chunk)
+            k_cmp, v_cmp = cache.raw(k_cmp, v_cmp, chunk)
         k_cmp = self.k_cmp_norm(self.k_phi(k_cmp, context.slots))  # [C, Hkv, Dqk]
         if context.slot_rotation is not None:
             k_cmp = rotate(k_cmp, context.slot_rotation)
         v_cmp = self.v_phi(v_cmp, context.slots)
         gates = self.gate(x).sigmoid().unflatten(-1, (self.heads, 3))
+        if cache is not None:
+            cache.compressed(k_cmp, v_cmp, chunk)
+            if not chunk.fresh:
+                return self.o_proj(self._decode(q, k_win, v_win, gates, chunk, cache).flatten(1)), {}
+            cache.roll(k_win, v_win, chunk)
         out, indices = nsa_attention(
             q, k_cmp, v_cmp, k_slc, v, k_win, v_win, gates, context.packing, self.geometry,
             scale=self.scale, impl=self.impl,
         )
         aux = {"health": nsa_health(gates, indices, context.packing, self.geometry)} if context.collect else {}
         return self.o_proj(out.flatten(1)), aux
+
+    def _decode(
+        self, q: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, chunk: Chunk, cache: NSACache
+    ) -> Tensor:
+        """Of new tokens whose selection keys and compressed blocks the cache has already: [T, H, Dv]."""
+        keys, values, position = cache.window(k_win, v_win, chunk)
+        out, _ = nsa_decode(
+            chunk.pad(q), cache["k_cmp"], cache["v_cmp"], cache["k_slc"], cache["v_slc"], keys, values,
+            chunk.pad(gates), chunk.query, position, chunk.longest, self.geometry, scale=self.scale,
+            impl="reference" if self.impl == "reference" else "auto",
+        )
+        return chunk.unpad(out)
 
     def _split(self, x: Tensor) -> Tensor:
         """[T, Hkv * D] -> [T, Hkv, D]."""
