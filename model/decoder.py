@@ -98,29 +98,41 @@ class Decoder(nn.Module):
 
     def logits(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Next-token logits [B, S, vocab] of tokens int64 [B, S]; in full, so for tests and short texts."""
-        x, _ = self._hidden(tokens, packing, collect=False)
-        return self.head(x).view(*tokens.shape, -1)
+        return self.head(self.hidden(tokens, packing)).view(*tokens.shape, -1)
+
+    def hidden(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """What the head gets: [B * S, hidden]."""
+        return self._hidden(tokens, packing, collect=False)[0]
 
     @torch.no_grad()
     def extend(self, tokens: Tensor, counts: Sequence[int], cache: Cache, *, every: bool = False) -> Tensor:
         """Next-token logits of new tokens after what `cache` holds, and the tokens into it.
 
         tokens int64 [T]: counts[b] new ones of sequence b, laid end to end, as many at a time as one likes. -> [B, vocab]
-        after each sequence's last new token, or with `every` [T, vocab] after each. Equal to `logits` of the whole
-        sequences within rounding. Raises ValueError when counts do not fit the tokens or the cache.
+        after each sequence's last new token (NaN for one without new tokens), or with `every` [T, vocab] after each.
+        Equal to `logits` of the whole sequences within rounding. Raises ValueError when counts do not fit the tokens or
+        the cache.
         """
+        x = self.extend_hidden(tokens, counts, cache)
+        if every:
+            return self.head(x)
+        last = torch.tensor(counts, device=x.device).cumsum(0) - 1
+        logits = self.head(x[last])
+        idle = [row for row, count in enumerate(counts) if not count]
+        return logits.index_fill_(0, torch.tensor(idle, device=x.device), torch.nan) if idle else logits
+
+    @torch.no_grad()
+    def extend_hidden(self, tokens: Tensor, counts: Sequence[int], cache: Cache) -> Tensor:
+        """As `extend`, but what the head would get: [T, hidden]."""
         if sum(counts) != tokens.numel():
             raise ValueError(f"counts={list(counts)} add up to {sum(counts)}, tokens {list(tokens.shape)} has {tokens.numel()}")
-        if not every and min(counts) < 1:
-            raise ValueError(f"counts={list(counts)}: a sequence without new tokens has no last one; pass every=True")
         chunk = cache.begin(counts)
         context = Context.of_chunk(self.config, self.attention_config, chunk)
         x = self.embed(tokens.flatten())
         for layer, own in zip(self.layers, cache.layers):
             x, _ = layer(x, context=context, cache=own)
         cache.commit(chunk, counts)
-        x = self.norm(x)
-        return self.head(x if every else x[chunk.packing.cu_seqlens[1:].long() - 1])
+        return self.norm(x)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """An empty cache of this model for `batch` sequences of up to `capacity` tokens, where and as its weights are."""

@@ -1,0 +1,38 @@
+"""How the next token is chosen: the likeliest, or drawn from a tempered and cut distribution."""
+
+from __future__ import annotations
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from sieve.model.config import Config
+
+
+class Sampling(Config):
+    """temperature 0 takes the likeliest token (the lower id of equals). top_p (arXiv 1904.09751): draw from the fewest
+    likeliest tokens whose probabilities reach it. Every text has a generator of its own, so that it does not depend on
+    the others of its batch."""
+
+    max_tokens: int = Field(256, gt=0, description="new tokens at most")
+    temperature: float = Field(0.0, ge=0)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+
+
+class Sampler:
+    """Draws for one text: fp32 or wider on the CPU, so that equal logits give equal tokens on every device."""
+
+    def __init__(self, sampling: Sampling, row: int) -> None:
+        self.sampling = sampling
+        self._generator = torch.Generator().manual_seed((sampling.seed + row * 0x9E3779B97F4A7C15) % 2**63)
+
+    def __call__(self, logits: Tensor) -> int:
+        """logits [vocab] -> the token."""
+        if self.sampling.temperature == 0:
+            return int(logits.argmax())
+        scaled = logits.double().cpu() / self.sampling.temperature
+        probability, token = torch.softmax(scaled, -1).sort(descending=True, stable=True)
+        total = probability.cumsum(-1)
+        kept = probability.masked_fill(total - probability >= self.sampling.top_p, 0.0)  # the first one always stays
+        return int(token[torch.multinomial(kept, 1, generator=self._generator)])
