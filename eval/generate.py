@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from sieve.eval.sampling import Sampler, Sampling
+from sieve.eval.config import Sampling
+from sieve.eval.sampling import Sampler
 from sieve.model.decoder import Decoder
 
 

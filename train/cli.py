@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("sieve.train.run", "pretrain a model"),
     "twin": ("sieve.train.twin", "train with full attention, then with NSA, and compare"),
     "compare": ("sieve.train.compare", "compare two runs: table, plot, HTML report"),
+    "generate": ("sieve.train.generate", "continue a text with a trained model"),
     "bench": ("sieve.scripts.bench_attention", "measure the attention kernels"),
 }
 
