@@ -73,13 +73,17 @@ class Decoder(nn.Module):
         self.checkpointing = mode
 
     def forward(
-        self, tokens: Tensor, labels: Tensor, packing: Packing, *, collect: bool = False, per_token: bool = False
-    ) -> DecoderOutput:
+        self, tokens: Tensor, labels: Tensor | None, packing: Packing, *, collect: bool = False, per_token: bool = False,
+        at: Tensor | None = None,
+    ) -> DecoderOutput | Tensor:
         """tokens, labels int64 [B, S] (label -100 = none); packing lays out their B * S tokens, row after row.
 
-        collect: fill `health`. per_token: fill `token_loss`.
+        collect: fill `health`. per_token: fill `token_loss`. at: instead of a loss, the next-token logits [n, vocab] at
+        the places int64 [n] among the B * S; labels play no part then.
         """
         x, reports = self._hidden(tokens, packing, collect)
+        if at is not None:
+            return self.head(x[at])
         labels = labels.flatten()
         loss, ce, token = self.head(x, labels, per_token)
         penalties = [report["aux_loss"] for report in reports if "aux_loss" in report]

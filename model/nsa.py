@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +47,7 @@ class Phi(nn.Module):
 class NSA(nn.Module):
     """Compression, selection and window branches, mixed by a sigmoid gate per head and token.
 
-    x [T, hidden] -> [T, hidden] and, when the context collects, {"health": six scalars of sieve.model.health}.
+    x [T, hidden] -> [T, hidden] and, when the context collects, {"health": the scalars of sieve.model.health}.
     The selection branch's keys and values are `k_proj` and `v_proj`, the names they have in full attention, so that a
     twin starts from the same weights; with share_kv the other branches read them too. phi sees keys before RoPE (and
     before QK-norm, which is applied to its result); a compressed key is rotated at its block's first token.
@@ -58,6 +59,7 @@ class NSA(nn.Module):
         dim_qk, dim_v = model.head_dim_qk, model.head_dim_v
         self.heads, self.groups, self.impl, self.share_kv = heads, groups, config.impl, config.share_kv
         self.geometry: Geometry = config.geometry()
+        self.operator: Callable[..., tuple[Tensor, Tensor]] | None = None  # what sieve.model.switches puts here
         self.scale = attention_scale(model.rope, dim_qk)
         self.q_proj = nn.Linear(hidden, heads * dim_qk, bias=False)
         self.k_proj = nn.Linear(hidden, groups * dim_qk, bias=False)
@@ -103,7 +105,7 @@ class NSA(nn.Module):
             if not chunk.fresh:
                 return self.o_proj(self._decode(q, k_win, v_win, gates, chunk, cache).flatten(1)), {}
             cache.roll(k_win, v_win, chunk)
-        out, indices = nsa_attention(
+        out, indices = (self.operator or nsa_attention)(
             q, k_cmp, v_cmp, k_slc, v, k_win, v_win, gates, context.packing, self.geometry,
             scale=self.scale, impl=self.impl,
         )

@@ -79,17 +79,25 @@ def rank_blocks(
     [n, 1] or [B, 1, n, 1]; seen: bool, which of the compressed blocks a query sees, [n, blocks] or [B, 1, 1, n, blocks].
     num_blocks: how many selection blocks the last query may choose from. -> int32 [B, K, n, topk] as in select_blocks.
     """
-    block = torch.arange(num_blocks, device=q.device)
+    if num_blocks <= geometry.topk:  # every candidate is chosen, whatever its importance
+        return choose_blocks(q.new_zeros(*q.shape[:2], q.shape[3], num_blocks), query, geometry)
+    s = scores(q, k_cmp, scale) - lse
+    p = s.masked_fill_(~seen, -math.inf).exp_().sum(2)  # [B, K, n, blocks]
+    return choose_blocks(_importance(p, num_blocks, geometry), query, geometry)
+
+
+def choose_blocks(importance: Tensor, query: Tensor, geometry: Geometry) -> Tensor:
+    """importance [B, K, n, J], overwritten, and query as in rank_blocks -> int32 [B, K, n, topk]: the forced blocks and
+    the most important others up to the query's own, ascending, -1 past the last."""
+    num_blocks = importance.shape[-1]
+    block = torch.arange(num_blocks, device=importance.device)
     current = query // geometry.block_size
     candidate = block <= current  # [n, J] or [B, 1, n, J]
-    if num_blocks <= geometry.topk:  # every candidate is chosen, whatever its importance
-        chosen = torch.where(candidate, block, -1).expand(*q.shape[:2], -1, -1)
+    if num_blocks <= geometry.topk:
+        chosen = torch.where(candidate, block, -1).expand(*importance.shape[:2], -1, -1)
     else:
-        s = scores(q, k_cmp, scale) - lse
-        p = s.masked_fill_(~seen, -math.inf).exp_().sum(2)  # [B, K, n, blocks]
         forced = (block < geometry.init_blocks) | (block > current - geometry.local_blocks)
-        rank = _importance(p, num_blocks, geometry).masked_fill_(forced, math.inf)
-        rank = rank.masked_fill_(~candidate, -math.inf)
+        rank = importance.masked_fill_(forced, math.inf).masked_fill_(~candidate, -math.inf)
         # Not torch.topk, which breaks ties as it likes.
         order = rank.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.topk]
         chosen = order.masked_fill(order > current, -1)
