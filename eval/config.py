@@ -76,6 +76,9 @@ class HealthConfig(Config):
     larger_topk: tuple[int, ...] = Field((), description="block counts to try instead of topk; none: twice and four times")
 
 
+SyntheticTask = Literal["needle", "multikey", "passkey", "mqar", "copy", "induction"]
+
+
 class HarnessConfig(Config):
     """lm-evaluation-harness (extra `eval`) through sieve.eval.harness."""
 

@@ -48,6 +48,10 @@ class PositionLoss:
         }
         return found | by_position
 
+    def mean(self) -> float:
+        """Nats a token."""
+        return (self.sums[0].sum() / self.sums[1].sum()).item()
+
     def rows(self) -> list[dict[str, float | int | None]]:
         """Bucket by bucket that has tokens: `from` and `to` (inclusive), tokens, loss in nats, bits_per_byte."""
         return [

@@ -64,7 +64,7 @@ def _entropy(back: Tensor, free: Tensor, packing: Packing, geometry: Geometry) -
     counts = torch.zeros(max(blocks, 1), dtype=torch.float32, device=back.device)
     counts.scatter_add_(0, back.clamp(0, counts.numel() - 1).long().flatten(), free.float().flatten())
     p = counts / counts.sum().clamp(min=1)
-    entropy = -torch.special.xlogy(p, p).sum()
+    entropy = torch.special.entr(p).sum()
     return entropy / math.log(possible) if possible > 1 else entropy * 0
 
 

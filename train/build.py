@@ -14,7 +14,10 @@ import yaml
 
 from sieve.data.loader import RowLoader, validation_batches
 from sieve.data.prepare import Stores, build_stores
+from sieve.eval.examples import predictor
+from sieve.eval.load import Text
 from sieve.eval.perplexity import PositionLoss, token_bytes
+from sieve.eval.runner import alphabet_of, synthetic
 from sieve.model.decoder import Decoder
 from sieve.model.init import initial_value, initialize
 from sieve.train import checkpoint
@@ -123,6 +126,10 @@ def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine) 
     if config.eval.every:
         batches()
 
+    text = Text.of(stores.tokenizer)
+    alphabet = alphabet_of(text, stores.tokenizer.vocab_size)
+    predict = predictor(engine.predict, place.device)
+
     def evaluate() -> dict[str, float]:
         total = PositionLoss(config.seq_len, bytes_of)
         for batch in batches():
@@ -130,7 +137,14 @@ def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine) 
             token_loss, packing = engine.evaluate(batch)
             total.add(token_loss, batch.labels, packing.position)
         sum_over_ranks(total.sums)
-        return total.metrics()
+        metrics = total.metrics()
+        for task in config.eval.tasks:  # on every rank alike: at stage 3 all have to take part
+            result = synthetic(
+                task, predict, text, alphabet, config.eval.needle, config.eval.recall, config.seed,
+                config.micro_batch * config.seq_len,
+            )
+            metrics |= result.metrics
+        return metrics
 
     return evaluate
 

@@ -13,6 +13,7 @@ COMMANDS = {
     "twin": ("sieve.train.twin", "train with full attention, then with NSA, and compare"),
     "compare": ("sieve.train.compare", "compare two runs: table, plot, HTML report"),
     "generate": ("sieve.train.generate", "continue a text with a trained model"),
+    "eval": ("sieve.train.evaluate", "measure a trained model: loss, needle, recall, NSA's health, lm-eval"),
     "bench": ("sieve.scripts.bench_attention", "measure the attention kernels"),
 }
 

@@ -102,6 +102,16 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _tasks_fit(self) -> RunConfig:
+        longest = max(self.eval.needle.lengths)
+        if set(self.eval.tasks) & {"needle", "multikey", "passkey"} and longest > self.seq_len:
+            raise ValueError(
+                f"eval.needle.lengths has {longest}, more than seq_len={self.seq_len}, which the model never sees in "
+                "training; give shorter ones, as in eval.needle.lengths=[" + f"{self.seq_len}]"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _warmup_fits(self) -> RunConfig:
         if steps_of(self.schedule.warmup, self.total_steps) > self.total_steps:
             raise ValueError(
