@@ -87,7 +87,9 @@ class HarnessConfig(Config):
     offline: bool = Field(False, description="only tasks of include_path, found at once, without its own index")
     num_fewshot: int | None = Field(None, ge=0, description="examples before a question; null: as the task says")
     limit: int | None = Field(None, gt=0, description="questions of a task; null: all")
-    max_length: int | None = Field(None, gt=0, description="tokens a text is cut to, from its left; null: seq_len")
+    max_length: int | None = Field(None, gt=1, description="tokens a text is cut to, from its left; null: seq_len")
+    bos: bool = Field(True, description="begin every text with bos, as in training; moves scores")
+    run_code: bool = Field(False, description="let humaneval and mbpp run what the model wrote, on this machine")
 
 
 TASKS = ("loss", "needle", "multikey", "passkey", "mqar", "copy", "induction", "health", "switches", "harness")
