@@ -50,8 +50,11 @@ class Chunk:
     def of(cls, past: Tensor, counts: Sequence[int], geometry: Geometry, longest: int, *, fresh: bool) -> Chunk:
         """counts[b] tokens after the past[b] (int32 [B], on the device) that sequence b has. longest: see above."""
         device, width, T = past.device, max(counts), sum(counts)
-        ends = list(itertools.accumulate(counts, initial=0))
-        packing = Packing.of(torch.tensor(ends, dtype=torch.int32, device=device), T, width)
+        if min(counts) == width:  # nothing is copied to the device, so that a captured graph may hold it
+            ends = torch.arange(len(counts) + 1, dtype=torch.int32, device=device) * width
+        else:
+            ends = torch.tensor(list(itertools.accumulate(counts, initial=0)), dtype=torch.int32, device=device)
+        packing = Packing.of(ends, T, width)
         begin = packing.cu_seqlens[:-1].long()
         count = packing.cu_seqlens.diff()
         l, d = geometry.kernel_size, geometry.kernel_stride

@@ -6,9 +6,11 @@ With them a trained model runs wherever Llama runs, and a public one can be cont
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
@@ -108,17 +110,38 @@ def from_llama(theirs: PreTrainedModel, attention: AttentionConfig | None = None
 
 @torch.no_grad()
 def copy_weights(decoder: Decoder, weights: dict[str, Tensor]) -> None:
-    """Set what a full-attention model's `weights` (Llama's names) give; see from_llama for the rest."""
+    """Set what another model's `weights` give; see from_llama for the rest."""
     for name, value in decoder.named_parameters():
-        source = weights.get(their_name(name))
-        if source is None:  # a branch that full attention has not
-            source = weights.get(their_name(re.sub(r"\b(k|v)_(cmp|win)_", r"\1_", name)))
+        source = source_of(name, value.shape, weights)
         if source is not None:
-            if source.shape != value.shape:
-                raise ValueError(f"{their_name(name)} is {list(source.shape)}, {name} needs {list(value.shape)}")
             value.copy_(source)
-        elif not name.endswith((".gate.weight", "output_gate.weight")) and "_phi." not in name:
-            raise ValueError(f"the model to import has no weights for {name} ({their_name(name)})")
+
+
+def source_of(name: str, shape: torch.Size, weights: dict[str, Tensor]) -> Tensor | None:
+    """What the Decoder parameter `name` begins with when it goes on from `weights`, under the Decoder's or Llama's names:
+    its own; for NSA's compression and window branches, where they are missing, the selection's; None, that is to be
+    drawn, for gates and phi. ValueError where another shape or nothing is there."""
+    branch = re.sub(r"\b(k|v)_(cmp|win)_", r"\1_", name)
+    for known in (name, their_name(name), branch, their_name(branch)):
+        if known in weights:
+            if weights[known].shape != shape:
+                raise ValueError(f"{known} is {list(weights[known].shape)}, {name} needs {list(shape)}")
+            return weights[known]
+    if name.endswith((".gate.weight", "output_gate.weight")) or "_phi." in name:
+        return None
+    raise ValueError(f"the model to go on from has no weights for {name} ({their_name(name)})")
+
+
+def folder_weights(path: Path) -> dict[str, Tensor]:
+    """All weights in a folder's safetensors files, on the CPU; tied heads under both names. ValueError without any."""
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise ValueError(f"{path} has no .safetensors file")
+    weights = {name: value for file in files for name, value in load_file(file).items()}
+    for head, embedding in (("head.weight", "embed.weight"), ("lm_head.weight", "model.embed_tokens.weight")):
+        if embedding in weights:
+            weights.setdefault(head, weights[embedding])
+    return weights
 
 
 def _their_rope(rope: RopeConfig) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from sieve.train.distributed import Place, sum_over_ranks
 from sieve.train.engine import Engine
 from sieve.train.environment import environment
 from sieve.train.optim import adamw
+from sieve.train.start import weights_of
 from sieve.train.state import RunState
 from sieve.train.zero import deepspeed_config
 
@@ -66,9 +67,15 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     facts = environment(config, place, stores.tokenizer.vocab_size)
     if place.rank == 0:
         describe(config, zero, facts)
+    initial = partial(initial_value, config=config.model, seed=config.seed)
+    if config.init is not None and start is None:
+        initial = weights_of(Path(config.init), config, stores.tokenizer.vocab_size)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(initial(name, parameter.shape))
     engine = Engine(
         module, adamw(module, config.optim, place.device), zero, place, clip=config.optim.clip,
-        initial=partial(initial_value, config=config.model, seed=config.seed),
+        initial=initial,
     )
     run = RunState(
         config, config.directory, place.rank, place.world_size, config.total_steps, facts["flops_per_token"]

@@ -37,6 +37,7 @@ class RunConfig(Config):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; bf16 keeps fp32 master weights")
     activation_checkpointing: Literal["none", "block"] = Field("none", description="block: recompute in the backward")
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
+    init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     baseline: str | None = Field(None, description="a run to compare with while training: its folder or name")
     baseline_mismatch: Literal["refuse", "mark"] = Field("refuse", description="when the baseline read other tokens")
     checkpoint: CheckpointConfig = CheckpointConfig()
