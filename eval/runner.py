@@ -72,19 +72,19 @@ def synthetic(
         key, guess = ("pairs" if task == "mqar" else "length"), chance(task, alphabet)
     with bar(task, len(examples)) as advance:
         rows = score(predict, examples, batch_tokens, advance)
-    metrics = {f"eval/{task}": _mean(rows)}
+    metrics = {f"eval/{task}": _mean(rows), f"eval/{task}_loss": _mean(rows, "loss")}
     for size in dict.fromkeys(row[key] for row in rows):
         short = "pairs" if key == "pairs" else "len"
         metrics[f"eval/{task}_{short}_{size:04d}"] = _mean(row for row in rows if row[key] == size)
     return Result(task, {task: rows}, metrics, guess)
 
 
-def _mean(rows: Iterable[dict[str, Any]]) -> float:
-    """Accuracy over all answers."""
-    right, count = 0.0, 0
+def _mean(rows: Iterable[dict[str, Any]], number: str = "accuracy") -> float:
+    """Of rows, each weighed by its answers."""
+    total, count = 0.0, 0
     for row in rows:
-        right, count = right + row["accuracy"] * row["answers"], count + row["answers"]
-    return right / count
+        total, count = total + row[number] * row["answers"], count + row["answers"]
+    return total / count
 
 
 def run_suite(
