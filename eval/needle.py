@@ -16,6 +16,11 @@ CITIES = (
 )
 
 
+def lead(kind: str, name: str) -> str:
+    """The words before a fact's number, in the text as in the question."""
+    return "\nThe pass key is" if kind == "passkey" else f"\nThe magic number of {name} is"
+
+
 def haystack(encode: Callable[[str], list[int]], tokens: Sequence[int] | None = None) -> Callable[[int, int], list[int]]:
     """fill(start, count): `count` tokens of filler from place `start` on, which begins again at its end. tokens: real
     text to take instead of the passkey paper's sentences."""
@@ -54,9 +59,7 @@ def _example(
         raise ValueError(f"needle.keys={count}: there are names for {len(CITIES)} keys")
     names = rng.choice(CITIES, count, replace=False)
     # Words and number are encoded apart, so that the number is the same tokens in the fact and in the answer.
-    leads = [
-        encode("\nThe pass key is") if kind == "passkey" else encode(f"\nThe magic number of {name} is") for name in names
-    ]
+    leads = [encode(lead(kind, name)) for name in names]
     numbers = [encode(f" {rng.integers(10 ** (config.digits - 1), 10**config.digits)}") for _ in names]
     facts = [lead + number + encode(".\n") for lead, number in zip(leads, numbers)]
     answer = numbers[0]
