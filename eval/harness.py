@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -155,6 +156,8 @@ def run_harness(model: Loaded, config: HarnessConfig, seed: int, batch_tokens: i
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             raise ValueError(f"harness.tasks: there is no task {name}" + (f"; near are {', '.join(near)}" if near else ""))
+    if config.run_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # what the metric of these tasks asks for, besides the harness itself
     try:
         found = simple_evaluate(
             model=lm, tasks=list(names), task_manager=manager, num_fewshot=config.num_fewshot, limit=config.limit,
@@ -165,6 +168,11 @@ def run_harness(model: Loaded, config: HarnessConfig, seed: int, batch_tokens: i
         if "unsafe" in str(error).lower():
             raise ValueError(f"{error} Here: harness.run_code=true") from error
         raise
+    except OSError as error:  # huggingface_hub's and datasets' are of this kind
+        raise ValueError(
+            f"the data of {', '.join(names)} cannot be had: {error}; run it where the Hub can be reached (or its cache, HF_HOME, "
+            "has them), or give tasks of your own by harness.include_path and harness.offline=true"
+        ) from error
     rows, metrics = [], {}
     for name, values in found["results"].items():
         for key, value in values.items():

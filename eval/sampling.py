@@ -16,9 +16,12 @@ class Sampler:
         self._generator = torch.Generator().manual_seed((sampling.seed + row * 0x9E3779B97F4A7C15) % 2**63)
 
     def __call__(self, logits: Tensor) -> int:
-        """logits [vocab] -> the token."""
+        """logits [vocab] -> the token. ValueError when they are no numbers."""
+        top = logits.max()
+        if not top.isfinite():
+            raise ValueError(f"the model's logits are {top.item()}: its weights are broken, or overflow in {logits.dtype}")
         if self.sampling.temperature == 0:
-            return int(logits.argmax())
+            return int((logits == top).nonzero()[0])  # argmax promises no order among equals
         scaled = logits.double().cpu() / self.sampling.temperature
         probability, token = torch.softmax(scaled, -1).sort(descending=True, stable=True)
         total = probability.cumsum(-1)

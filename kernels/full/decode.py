@@ -23,7 +23,8 @@ def cached_attention(
 
     query int [B, n] and key int [B, m]: the tokens' positions in their sequence, -1 for a place that holds no key. A
     query sees the keys up to its own position, the last `window` of them if given; one that sees none gets 0.
-    Raises ValueError on shapes that do not fit together and on an unknown impl.
+    "auto" takes SDPA on a GPU, the reference on a CPU. Raises ValueError on shapes that do not fit together and on an
+    unknown impl.
     """
     B, n, H, Dqk = q.shape
     Hkv, m, Dv = v.shape[1:]
@@ -41,13 +42,14 @@ def cached_attention(
         if window is not None:
             visible &= key[:, None] > at - window
         part = heads[:, :, :, start : start + CHUNK]
-        if impl == "reference" or q.device.type == "cpu":
+        if impl == "reference" or impl == "auto" and q.device.type == "cpu":
             dtype = compute_dtype(q)
             o, _ = attend(part.to(dtype), k.to(dtype), v.to(dtype), visible[:, None, None], scale)
         else:
             padded = one_head_size(part, k[:, :, None], v[:, :, None])
-            mask = visible[:, None, None].expand(-1, Hkv, -1, -1, -1).flatten(0, 1)
-            o = attend_fused(*padded, mask, scale)[..., :Dv]
-            o = torch.where(visible.any(-1)[:, None, None, :, None], o, 0.0)
+            some = visible.any(-1)
+            mask = visible | ~some[..., None]  # a row that sees nothing would be NaN
+            o = attend_fused(*padded, mask[:, None, None].expand(-1, Hkv, -1, -1, -1).flatten(0, 1), scale)[..., :Dv]
+            o = torch.where(some[:, None, None, :, None], o, 0.0)
         outs.append(o.to(q.dtype))
     return torch.cat(outs, 3).permute(0, 3, 1, 2, 4).flatten(2, 3)

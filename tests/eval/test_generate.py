@@ -55,6 +55,8 @@ def test_sampling_by_hand():
     counts = torch.bincount(torch.tensor([draw(logits) for _ in range(1000)]), minlength=4)
     # 0.5 and 0.3 reach 0.8: nothing else is drawn, these two as 5 to 3.
     assert counts[2:].sum() == 0 and abs(counts[0] / 1000 - 0.625) < 0.05
+    with pytest.raises(ValueError, match="logits are nan"):
+        draw(torch.tensor([0.0, torch.nan]))
     cold = Sampler(Sampling(temperature=0.5), 0)
     counts = torch.bincount(torch.tensor([cold(logits) for _ in range(1000)]), minlength=4) / 1000
     torch.testing.assert_close(counts, torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365, rtol=0, atol=0.05)

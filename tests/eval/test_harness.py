@@ -145,6 +145,14 @@ def test_users_mistakes(exported, tasks):
         run_harness(loaded, HarnessConfig(include_path="/nowhere", offline=True), 0, 400)
 
 
+def test_data_out_of_reach(exported, tmp_path):
+    settings = TASKS["choice"] | {"task": "far", "dataset_path": "json", "dataset_kwargs": {"data_files": "/nowhere/x.json"}}
+    (tmp_path / "far.yaml").write_text(json.dumps(settings | {"test_split": "train"}))
+    loaded = load_folder(exported, torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="the data of far cannot be had: .*nowhere.*give tasks of your own"):
+        run_harness(loaded, HarnessConfig(include_path=str(tmp_path), offline=True), 0, 400)
+
+
 @pytest.mark.slow  # the harness's own index of 14,000 names
 def test_the_paper_s_names_exist():
     from lm_eval.tasks import TaskManager
