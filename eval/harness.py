@@ -170,8 +170,8 @@ def run_harness(model: Loaded, config: HarnessConfig, seed: int, batch_tokens: i
         raise
     except OSError as error:  # huggingface_hub's and datasets' are of this kind
         raise ValueError(
-            f"the data of {', '.join(names)} cannot be had: {error}; run it where the Hub can be reached (or its cache, HF_HOME, "
-            "has them), or give tasks of your own by harness.include_path and harness.offline=true"
+            f"the data of {', '.join(names)} cannot be had: {error}; run it where the Hub can be reached (or its cache, "
+            "HF_HOME, has them), or give tasks of your own by harness.include_path and harness.offline=true"
         ) from error
     rows, metrics = [], {}
     for name, values in found["results"].items():
