@@ -111,6 +111,26 @@ def test_chunks(packed, width, heads, groups, dim_qk, dim_v):
         torch.testing.assert_close(out, want[take], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("heads, dim_qk", [(4, 16), (16, 64), (2, 128)])
+def test_importances_are_training_s_to_the_bit(packed, monkeypatch, heads, dim_qk):
+    """Not the choice alone but what is compared: near-ties fall as in training, whatever the draw."""
+    seen, choose = [], reference.choose_blocks
+
+    def keep(importance, query, geometry):
+        seen.append(importance.clone())
+        return choose(importance, query, geometry)
+
+    monkeypatch.setattr(reference, "choose_blocks", keep)
+    packing, tensors = packed([300]), inputs([300], TOY, heads=heads, dim_qk=dim_qk)
+    reference.nsa_attention(*tensors, packing, TOY, scale=0.1, chunk=300)
+    (whole,) = seen  # [1, Hkv, 300, 19]
+    for t in range(100, 300, 7):
+        seen.clear()
+        decode(tensors, packing, TOY, [(t, t + 1)], 0.1)
+        (own,) = seen
+        assert torch.equal(own[0, :, 0], whole[0, :, t, : t // 16 + 1]), t
+
+
 def test_all_ties_go_to_the_lower_block(packed):
     packing, tensors = packed([200]), inputs([200], TOY)
     tensors[0].zero_()
