@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sieve.data.config import DataConfig
 from sieve.data.sources import source_of
-from sieve.data.store import TokenStore
+from sieve.data.tokens import Tokens
 from sieve.eval.examples import packed
 from sieve.eval.load import Text
 from sieve.eval.perplexity import PositionLoss
@@ -20,9 +20,11 @@ from sieve.model.decoder import Decoder
 IGNORE = -100
 # token_loss(tokens [1, T], labels [1, T], packing) -> fp32 [1, T], nats of each token, 0 where unlabelled
 TokenLoss = Callable[[Tensor, Tensor, Packing], Tensor]
+# documents(max_tokens) -> arrays of ids with bos and eos, the last one cut so that all have max_tokens (None: no limit)
+Documents = Callable[[int | None], Iterable[np.ndarray]]
 
 
-def stored_documents(store: TokenStore, max_tokens: int | None) -> Iterator[np.ndarray]:
+def stored_documents(store: Tokens, max_tokens: int | None) -> Iterator[np.ndarray]:
     """Documents of a store, bos and eos included, the last one cut so that all have max_tokens together."""
     return _limited((store.document(i) for i in range(store.num_documents)), max_tokens)
 

@@ -11,11 +11,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from sieve.data.tokenizer import Tokenizer
+from sieve.data.tokenizer import Encoder, Tokenizer
 from sieve.eval.perplexity import token_bytes
 from sieve.model.decoder import Decoder
-
-TOKENIZER_FILE = "tokenizer.model"
 
 
 @dataclass(frozen=True)
@@ -30,7 +28,7 @@ class Text:
     bytes_of: Tensor | None
 
     @classmethod
-    def of(cls, tokenizer: Tokenizer) -> Text:
+    def of(cls, tokenizer: Encoder) -> Text:
         return cls(
             lambda text: tokenizer.encode([text])[0].tolist(), tokenizer.decode, tokenizer.bos_id, tokenizer.eos_id,
             token_bytes(tokenizer.model),
@@ -91,8 +89,8 @@ def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
 
 def load_tokenizer(path: Path) -> Text | None:
     """The tokenizer in a folder: SentencePiece's own file, else transformers'; None when there is neither."""
-    if (path / TOKENIZER_FILE).is_file():
-        return Text.of(Tokenizer.load(path / TOKENIZER_FILE))
+    if (path / Tokenizer.FILE).is_file():
+        return Text.of(Tokenizer.load(path / Tokenizer.FILE))
     if not (path / "tokenizer_config.json").is_file() and not (path / "tokenizer.json").is_file():
         return None
     from transformers import AutoTokenizer

@@ -11,6 +11,8 @@ import sentencepiece
 import torch
 from torch import Tensor
 
+from sieve.data.hub_tokenizer import hub_token_bytes, is_hub_model
+
 IGNORE = -100
 
 
@@ -64,7 +66,9 @@ class PositionLoss:
 
 
 def token_bytes(model: bytes) -> Tensor:
-    """int64 [vocab]: how many UTF-8 bytes of text each token of a serialized SentencePiece model stands for."""
+    """int64 [vocab]: how many UTF-8 bytes of text each token of an Encoder's serialized `model` stands for."""
+    if is_hub_model(model):
+        return torch.tensor(hub_token_bytes(model))
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     return torch.tensor([_length(processor, i) for i in range(processor.vocab_size())])
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, get_args
 
 import numpy as np
 import torch
 
 from sieve.eval.config import NeedleConfig, RecallConfig, SuiteConfig, SyntheticTask
-from sieve.eval.documents import document_loss, token_loss_of
+from sieve.eval.documents import Documents, document_loss, token_loss_of
 from sieve.eval.examples import Example, Predictor, forward_of, predictor, score
 from sieve.eval.health import probe, switch_losses
 from sieve.eval.load import Loaded, Text
@@ -88,11 +89,12 @@ def _mean(rows: Iterable[dict[str, Any]], number: str = "accuracy") -> float:
 
 
 def run_suite(
-    model: Loaded, config: SuiteConfig, documents: Callable[[int | None], Iterable[np.ndarray]] | None,
+    model: Loaded, config: SuiteConfig, sources: Mapping[str, Documents],
     bar: Bar = no_bar, report: Callable[[Result], None] = lambda result: None,
 ) -> list[Result]:
-    """The tasks in order, each told to `report` as soon as it is there. documents(max_tokens): held-out documents with
-    bos and eos; None where there are none. ValueError for a task that this model or these documents do not allow."""
+    """The tasks in order, each told to `report` as soon as it is there. sources: held-out documents by their source, each
+    of which gives as many tokens; empty where there are none. ValueError for a task that this model or these documents do
+    not allow."""
     decoder, text, device = model.decoder, model.text, model.decoder.embed.weight.device
     predict = predictor(forward_of(decoder), device)
     alphabet = alphabet_of(text, decoder.vocab_size)
@@ -103,7 +105,7 @@ def run_suite(
     for task in config.suite:
         start = time.monotonic()
         if task in SYNTHETIC:
-            hay = None if documents is None else _hay(documents, config.needle) if task in NEEDLES else None
+            hay = _hay(sources, config.needle) if sources and task in NEEDLES else None
             result = synthetic(
                 task, predict, text, alphabet, config.needle, config.recall, config.seed, config.batch_tokens, bar, hay
             )
@@ -112,16 +114,12 @@ def run_suite(
 
             result = run_harness(model, config.harness, config.seed, config.batch_tokens)
         else:
-            if documents is None:
+            if not sources:
                 raise ValueError(f"{task} needs text: give loss.source=[FILE, ...] or a run, whose validation text it takes")
             if task == "loss":
-                result = _loss(model, config, documents, bytes_of, seq_len, bar)
+                result = _loss(model, config, sources, bytes_of, seq_len, bar)
             else:
-                if not any(isinstance(layer.attention, NSA) for layer in decoder.layers):
-                    raise ValueError(f"{task} is about NSA, and {model.name} has no NSA layer; leave it out of suite")
-                probe_texts = [
-                    d[i : i + seq_len].tolist() for d in documents(config.health.tokens) for i in range(0, len(d), seq_len)
-                ]
+                probe_texts = _probe_texts(model, task, sources, config.health.tokens, seq_len)
                 with bar(task, None):
                     result = _health(decoder, probe_texts) if task == "health" else Result(task, {task: switch_losses(
                         decoder, [np.asarray(d) for d in probe_texts], bytes_of, seq_len, config.batch_tokens,
@@ -132,24 +130,57 @@ def run_suite(
     return results
 
 
-def _hay(documents: Callable[[int | None], Iterable[np.ndarray]], config: NeedleConfig) -> list[int]:
+def _shares(sources: Mapping[str, Documents], max_tokens: int | None) -> dict[str, Iterable[np.ndarray]]:
+    """An equal share of max_tokens, and at least two, from each source."""
+    return {name: own(max_tokens and max(2, max_tokens // len(sources))) for name, own in sources.items()}
+
+
+def _hay(sources: Mapping[str, Documents], config: NeedleConfig) -> list[int]:
     """As much of the documents as the longest text takes, without their bos and eos."""
-    return [int(i) for document in documents(max(config.lengths)) for i in document[1:-1]]
+    parts = _shares(sources, max(config.lengths)).values()
+    return [int(i) for document in chain.from_iterable(parts) for i in document[1:-1]]
+
+
+def _probe_texts(
+    model: Loaded, task: str, sources: Mapping[str, Documents], max_tokens: int, seq_len: int
+) -> list[list[int]]:
+    """Documents in pieces of at most seq_len. ValueError for a model that has no NSA, or none at work on them."""
+    if not any(isinstance(layer.attention, NSA) for layer in model.decoder.layers):
+        raise ValueError(f"{task} is about NSA, and {model.name} has no NSA layer; leave it out of suite")
+    documents = chain.from_iterable(_shares(sources, max_tokens).values())
+    texts = [d[i : i + seq_len].tolist() for d in documents for i in range(0, len(d), seq_len)]
+    longest, dense_len = max(map(len, texts), default=0), model.decoder.attention_config.dense_len
+    if longest <= dense_len:
+        raise ValueError(
+            f"{task}: no text has more than {longest} tokens, and up to attention.dense_len={dense_len} {model.name} attends "
+            "fully; raise health.tokens or loss.seq_len, or give longer documents with loss.source"
+        )
+    return texts
 
 
 def _loss(
-    model: Loaded, config: SuiteConfig, documents: Callable, bytes_of: torch.Tensor, seq_len: int, bar: Bar
+    model: Loaded, config: SuiteConfig, sources: Mapping[str, Documents], bytes_of: torch.Tensor, seq_len: int, bar: Bar
 ) -> Result:
     with bar("loss", config.loss.max_tokens) as advance:
-        by_position, by_length = document_loss(
-            token_loss_of(model.decoder), documents(config.loss.max_tokens), bytes_of, seq_len, config.batch_tokens, advance
-        )
+        found = {
+            name: document_loss(token_loss_of(model.decoder), own, bytes_of, seq_len, config.batch_tokens, advance)
+            for name, own in _shares(sources, config.loss.max_tokens).items()
+        }
+    own = {name: by_position.mean() for name, (by_position, _) in found.items()}
+    tokens = {name: int(by_position.sums[1].sum()) for name, (by_position, _) in found.items()}
+    (by_position, by_length), *others = found.values()
+    for part in others:
+        by_position.sums += part[0].sums
+        by_length.sums += part[1].sums
     has_bytes = bool(by_position.sums[2].any())
     metrics = by_position.metrics() if has_bytes else {"eval/loss": by_position.mean()}
     metrics |= {f"eval/loss_len_{row['from']:04d}": row["loss"] for row in by_length.rows()}
+    tables = {"loss by position": by_position.rows(), "loss by document length": by_length.rows()}
+    if others:
+        metrics |= {f"eval/{name}/loss": loss for name, loss in own.items()}
+        tables["loss by source"] = [{"source": name, "tokens": tokens[name], "loss": own[name]} for name in own]
     note = "" if has_bytes else "The tokenizer does not say how many bytes a token stands for: no bits per byte."
-    return Result("loss", {"loss by position": by_position.rows(), "loss by document length": by_length.rows()},
-                  metrics, note=note)
+    return Result("loss", tables, metrics, note=note)
 
 
 def _health(decoder: Any, texts: list[list[int]]) -> Result:

@@ -13,7 +13,7 @@ from sieve.model.norm import RMSNorm
 from sieve.model.rope import attention_scale, rotate
 
 # The layer's `impl` names NSA's kernels; this is what the dense kernels call the same wish.
-_IMPL = {"auto": "auto", "triton": "auto", "reference": "reference"}
+DENSE_IMPL = {"auto": "auto", "triton": "auto", "reference": "reference"}
 
 
 class Attention(nn.Module):
@@ -26,7 +26,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, config: AttentionConfig, window: int | None) -> None:
         super().__init__()
         hidden, heads, groups = model.hidden_size, model.num_heads, model.num_kv_heads
-        self.heads, self.groups, self.window, self.impl = heads, groups, window, _IMPL[config.impl]
+        self.heads, self.groups, self.window, self.impl = heads, groups, window, DENSE_IMPL[config.impl]
         self.scale = attention_scale(model.rope, model.head_dim_qk)
         self.q_proj = nn.Linear(hidden, heads * model.head_dim_qk, bias=False)
         self.k_proj = nn.Linear(hidden, groups * model.head_dim_qk, bias=False)

@@ -39,8 +39,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor, *, context: Context, cache: LayerCache | None = None) -> tuple[Tensor, dict]:
         attended, aux = self.attention(self.attention_norm(x), context=context, cache=cache)
         x = x + attended
-        out = self.mlp(self.mlp_norm(x))
         if self.routed:
-            out, routed = out
+            out, routed = self.mlp(self.mlp_norm(x), context.real)
             aux = aux | routed
+        else:
+            out = self.mlp(self.mlp_norm(x))
         return x + out, aux

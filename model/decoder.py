@@ -12,11 +12,12 @@ from torch.utils.checkpoint import checkpoint
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.block import Block
 from sieve.model.cache import Cache
-from sieve.model.config import AttentionConfig, LossConfig, ModelConfig
+from sieve.model.config import AttentionConfig, LossConfig, ModelConfig, RopeConfig
 from sieve.model.context import Context
 from sieve.model.head import Head
 from sieve.model.loss import IGNORE
 from sieve.model.norm import RMSNorm
+from sieve.model.rope import attention_scale
 
 Checkpointing = Literal["none", "block"]
 
@@ -72,16 +73,25 @@ class Decoder(nn.Module):
             raise ValueError(f"activation checkpointing {mode!r} is not one of {', '.join(get_args(Checkpointing))}")
         self.checkpointing = mode
 
+    def set_rope(self, rope: RopeConfig) -> None:
+        """Rotate by `rope` from now on: a longer context's YaRN, say. No parameter changes."""
+        if rope == self.config.rope:
+            return
+        self.config = self.config.model_copy(update={"rope": rope})
+        for layer in self.layers:
+            layer.attention.scale = attention_scale(rope, self.config.head_dim_qk)
+
     def forward(
-        self, tokens: Tensor, labels: Tensor | None, packing: Packing, *, collect: bool = False, per_token: bool = False,
-        at: Tensor | None = None,
+        self, tokens: Tensor, labels: Tensor | None, packing: Packing, *, padding: Tensor | None = None,
+        collect: bool = False, per_token: bool = False, at: Tensor | None = None,
     ) -> DecoderOutput | Tensor:
         """tokens, labels int64 [B, S] (label -100 = none); packing lays out their B * S tokens, row after row.
 
+        padding: bool [B, S], tokens without meaning, which the balance of experts leaves out; None: there are none.
         collect: fill `health`. per_token: fill `token_loss`. at: instead of a loss, the next-token logits [n, vocab] at
         the places int64 [n] among the B * S; labels play no part then.
         """
-        x, reports = self._hidden(tokens, packing, collect)
+        x, reports = self._hidden(tokens, packing, collect, padding)
         if at is not None:
             return self.head(x[at])
         labels = labels.flatten()
@@ -145,12 +155,14 @@ class Decoder(nn.Module):
         weight = self.embed.weight
         return Cache(self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype)
 
-    def _hidden(self, tokens: Tensor, packing: Packing, collect: bool) -> tuple[Tensor, list[dict]]:
+    def _hidden(
+        self, tokens: Tensor, packing: Packing, collect: bool, padding: Tensor | None = None
+    ) -> tuple[Tensor, list[dict]]:
         if packing.total_tokens != tokens.numel():
             raise ValueError(
                 f"packing lays out {packing.total_tokens} tokens, tokens {list(tokens.shape)} has {tokens.numel()}"
             )
-        context = Context.of(self.config, self.attention_config, packing, collect)
+        context = Context.of(self.config, self.attention_config, packing, collect, padding)
         x = self.embed(tokens.flatten())  # [T, hidden]
         again = self.checkpointing == "block" and torch.is_grad_enabled()
         reports = []

@@ -11,6 +11,15 @@ from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 
 SATURATED = 0.02  # a gate nearer than this to 0 or 1 passes next to no gradient
+NAMES = (
+    "gate_cmp", "gate_slc", "gate_win", "saturated_cmp", "saturated_slc", "saturated_win", "selected_distance",
+    "forced_share", "selection_overlap", "selection_entropy", "never_selected",
+)
+
+
+def unknown_health(device: torch.device) -> dict[str, Tensor]:
+    """What `nsa_health` gives of a layer that neither gated nor selected: its names, so that ranks agree on them, NaN."""
+    return {name: torch.full((), float("nan"), device=device) for name in NAMES}
 
 
 @torch.no_grad()
@@ -47,14 +56,11 @@ def nsa_health(gates: Tensor, indices: Tensor, packing: Packing, geometry: Geome
     free = chosen & ~forced
     gate = gates.float().mean((0, 1))
     saturated = ((gates < SATURATED) | (gates > 1 - SATURATED)).float().mean((0, 1))
-    branches = ("cmp", "slc", "win")
-    return {
-        **{f"gate_{name}": gate[i] for i, name in enumerate(branches)},
-        **{f"saturated_{name}": saturated[i] for i, name in enumerate(branches)},
-        "selected_distance": distance / count, "forced_share": forced.sum() / count, "selection_overlap": overlap,
-        "selection_entropy": _entropy(current - indices, free, packing, geometry),
-        "never_selected": _never_selected(indices, free, packing, geometry),
-    }
+    found = (
+        *gate.unbind(), *saturated.unbind(), distance / count, forced.sum() / count, overlap,
+        _entropy(current - indices, free, packing, geometry), _never_selected(indices, free, packing, geometry),
+    )
+    return dict(zip(NAMES, found, strict=True))
 
 
 def _entropy(back: Tensor, free: Tensor, packing: Packing, geometry: Geometry) -> Tensor:

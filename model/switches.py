@@ -63,7 +63,7 @@ def with_topk(topk: int) -> Operator:
 
 def oracle(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    packing: Packing, geometry: Geometry, *, scale: float, impl: str = "auto",
+    packing: Packing, geometry: Geometry, *, scale: float, impl: str = "auto", save_outputs: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The selection branch reads the topk blocks that full attention over its keys weighs most."""
     indices = oracle_blocks(q, k_slc, packing, geometry, scale=scale)
@@ -75,7 +75,7 @@ def oracle(
 
 def full(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    packing: Packing, geometry: Geometry, *, scale: float, impl: str = "auto",
+    packing: Packing, geometry: Geometry, *, scale: float, impl: str = "auto", save_outputs: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The selection branch reads every token up to the query. The indices are those it would have read."""
     o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, packing, geometry, scale=scale)

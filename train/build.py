@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,12 +13,16 @@ from typing import Any
 import torch
 import yaml
 
-from sieve.data.loader import RowLoader, validation_batches
-from sieve.data.prepare import Stores, build_stores
+from sieve.data.loader import RowLoader
+from sieve.data.mixture import Corpus, build_corpus
+from sieve.data.packing import Batch
+from sieve.data.phases import Phase
+from sieve.data.validation import validation_batches
 from sieve.eval.examples import predictor
 from sieve.eval.load import Text
-from sieve.eval.perplexity import PositionLoss, token_bytes
+from sieve.eval.perplexity import PositionLoss
 from sieve.eval.runner import alphabet_of, synthetic
+from sieve.model.count import dense_flops_per_token, flops_per_token
 from sieve.model.decoder import Decoder
 from sieve.model.init import initial_value, initialize
 from sieve.train import checkpoint
@@ -35,6 +40,7 @@ from sieve.train.distributed import Place, sum_over_ranks
 from sieve.train.engine import Engine
 from sieve.train.environment import environment
 from sieve.train.optim import adamw
+from sieve.train.phases import ropes
 from sieve.train.start import weights_of
 from sieve.train.state import RunState
 from sieve.train.zero import deepspeed_config
@@ -58,36 +64,43 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     ValueError where the config asks for something that this machine or the text cannot give.
     """
     baseline = None if config.baseline is None else resolve_baseline(config.baseline, config.runs_dir, config.directory)
-    stores = build_stores(config.data, config.tokenizer)
-    module = build_model(config, place.device, stores.tokenizer.vocab_size)
+    corpus = build_corpus(config.data, config.tokenizer)
+    vocab_size, phases = corpus.tokenizer.vocab_size, config.phases
+    module = build_model(config, place.device, vocab_size)
     zero = deepspeed_config(
-        config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=config.global_batch,
-        micro_batch=config.micro_batch, world_size=place.world_size,
+        config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=phases[0].global_batch,
+        micro_batch=phases[0].micro_batch, world_size=place.world_size,
     )
-    facts = environment(config, place, stores.tokenizer.vocab_size)
+    facts = environment(config, place, vocab_size)
     if place.rank == 0:
         describe(config, zero, facts)
     initial = partial(initial_value, config=config.model, seed=config.seed)
     if config.init is not None and start is None:
-        initial = weights_of(Path(config.init), config, stores.tokenizer.vocab_size)
+        initial = weights_of(Path(config.init), config, vocab_size)
         with torch.no_grad():
             for name, parameter in module.named_parameters():
                 parameter.copy_(initial(name, parameter.shape))
     engine = Engine(
         module, adamw(module, config.optim, place.device), zero, place, clip=config.optim.clip,
-        initial=initial,
+        initial=initial, ropes=ropes(config.model.rope, phases),
     )
     run = RunState(
         config, config.directory, place.rank, place.world_size, config.total_steps, facts["flops_per_token"]
     )
     if start is not None:
         checkpoint.restore(start, run, engine)
+    on_cuda = place.device.type == "cuda"
     loader = RowLoader(
-        stores.train, seq_len=config.seq_len, global_batch=config.global_batch, micro_batch=config.micro_batch,
-        rank=place.rank, world_size=place.world_size, seed=config.seed, state=run.data,
+        corpus.train, phases, rank=place.rank, world_size=place.world_size, seed=config.seed, state=run.data,
+        workers=int(on_cuda) if config.data.workers is None else config.data.workers, prefetch=config.data.prefetch,
+        pin=place.device if on_cuda else None,
     )
+    needs = [(config.model, config.attention, vocab_size, phase.seq_len) for phase in phases]
     listeners = Callbacks([
-        Speed(place.device, sum(facts["flops_per_token"].values()), facts["dense_flops_per_token"]),
+        Speed(
+            place.device, [sum(flops_per_token(*need).values()) for need in needs],
+            [sum(dense_flops_per_token(*need).values()) for need in needs],
+        ),
         Health(),
         *([] if baseline is None else [BaselineCallback(baseline, mismatch=config.baseline_mismatch)]),
         Jsonl(),
@@ -96,7 +109,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     ])
     return Training(run, engine, loader, Callbacks([
         listeners,
-        Evaluate(config.eval, evaluation(config, place, stores, engine), listeners),
+        Evaluate(config.eval, evaluation(config, place, corpus, engine), listeners),
         Checkpoint(config.checkpoint, partial(checkpoint.save, engine=engine, keep=config.checkpoint.keep), listeners),
     ]))
 
@@ -120,38 +133,47 @@ def describe(config: RunConfig, zero: dict[str, Any], facts: dict[str, Any]) -> 
     _write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
 
 
-def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine) -> Any:
-    """A function that measures the loss on the validation text: always the same rows, spread over the ranks.
+def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine) -> Callable[[RunState], dict[str, float]]:
+    """A function that measures the loss on the validation text of every source, in rows of the phase that the run is
+    in: always the same text, spread over the ranks; and then the tasks of config.eval, on every rank.
 
-    ValueError already here when that text has not one row.
+    ValueError already here when a text has not one row.
     """
-    bytes_of = token_bytes(stores.tokenizer.model).to(place.device)
-    batches = partial(
-        validation_batches, stores.validation, config.seq_len, config.micro_batch, config.eval.rows,
-        rank=place.rank, world_size=place.world_size,
-    )
-    if config.eval.every:
-        batches()
-
-    text = Text.of(stores.tokenizer)
-    alphabet = alphabet_of(text, stores.tokenizer.vocab_size)
+    text = Text.of(corpus.tokenizer)
+    bytes_of = text.bytes_of.to(place.device)
+    alphabet = alphabet_of(text, corpus.tokenizer.vocab_size)
     predict = predictor(engine.predict, place.device)
 
-    def evaluate() -> dict[str, float]:
-        total = PositionLoss(config.seq_len, bytes_of)
-        for batch in batches():
-            batch = batch.to(place.device)
-            token_loss, packing = engine.evaluate(batch)
-            total.add(token_loss, batch.labels, packing.position)
-        sum_over_ranks(total.sums)
-        metrics = total.metrics()
+    def batches(name: str, phase: Phase) -> Iterator[Batch]:
+        rows = config.eval.rows and max(1, config.eval.rows * config.phases[0].seq_len // phase.seq_len)
+        return validation_batches(
+            corpus.validation[name], phase.seq_len, phase.micro_batch, rows, rank=place.rank,
+            world_size=place.world_size, source=name if len(corpus.validation) > 1 else "",
+        )
+
+    for phase in config.phases if config.eval.every else ():
+        for name in corpus.validation:
+            batches(name, phase)
+
+    def evaluate(run: RunState) -> dict[str, float]:
+        phase, found = config.phases[run.phase], {}
+        engine.enter(run.phase)
+        total = PositionLoss(phase.seq_len, bytes_of)
+        for name in corpus.validation:
+            part = PositionLoss(phase.seq_len, bytes_of)
+            for batch in batches(name, phase):
+                batch = batch.to(place.device)
+                token_loss, packing = engine.evaluate(batch)
+                part.add(token_loss, batch.labels, packing.position)
+            total.sums += sum_over_ranks(part.sums)
+            if len(corpus.validation) > 1:
+                found[f"eval/{name}/loss"] = part.metrics()["eval/loss"]
         for task in config.eval.tasks:  # on every rank alike: at stage 3 all have to take part
-            result = synthetic(
+            found |= synthetic(
                 task, predict, text, alphabet, config.eval.needle, config.eval.recall, config.seed,
-                config.micro_batch * config.seq_len,
-            )
-            metrics |= result.metrics
-        return metrics
+                phase.micro_batch * phase.seq_len,
+            ).metrics
+        return total.metrics() | found
 
     return evaluate
 

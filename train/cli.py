@@ -14,7 +14,9 @@ COMMANDS = {
     "compare": ("sieve.train.compare", "compare two runs: table, plot, HTML report"),
     "generate": ("sieve.train.generate", "continue a text with a trained model"),
     "eval": ("sieve.train.evaluate", "measure a trained model: loss, needle, recall, NSA's health, lm-eval"),
-    "bench": ("sieve.scripts.bench_attention", "measure the attention kernels"),
+    "tokenizer": ("sieve.scripts.train_tokenizer", "train a tokenizer, measure it, export it to transformers"),
+    "prepare": ("sieve.scripts.prepare_data", "tokenize text into shards to train from"),
+    "bench": ("sieve.scripts.bench.command", "measure attention kernels, reading or preparing data"),
 }
 
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sieve.train.run import _is_for_the_user, _log_to_stderr
+from sieve.train.command import key_lines, log_to_stderr, run_command
 
 if TYPE_CHECKING:
     from sieve.eval.config import SuiteConfig
 
 USAGE = """\
-usage: sieve eval CHECKPOINT [KEY=VALUE ...] [--help]
+usage: sieve eval CHECKPOINT [KEY=VALUE ...] [--cfg job] [--help]
 
 CHECKPOINT is a run (its newest checkpoint), a checkpoint's folder, or an exported model.
 
@@ -28,23 +30,19 @@ CHECKPOINT is a run (its newest checkpoint), a checkpoint's folder, or an export
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 after a message for a user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(), end="")
-        return 0
-    _log_to_stderr("WARNING")
-    try:
-        if not arguments or "=" in arguments[0] or arguments[0].startswith("-"):
+    checkpoint = ""
+
+    def load(words: list[str]) -> SuiteConfig:
+        nonlocal checkpoint
+        if not words or "=" in words[0] or words[0].startswith("-"):
             raise ValueError("which model? sieve eval CHECKPOINT [KEY=VALUE ...]; --help says more")
-        return evaluate(arguments[0], parse(arguments[1:]))
-    except ValueError as error:
-        if not _is_for_the_user(error):
-            raise
-        for line in str(error).splitlines():
-            print(f"sieve eval: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sieve eval: interrupted", file=sys.stderr)
-        return 130
+        checkpoint = words[0]
+        return parse(words[1:])
+
+    log_to_stderr(logging.WARNING)
+    return run_command(
+        "sieve eval", arguments, load=load, run=lambda config: evaluate(checkpoint, config), help_text=help_text
+    )
 
 
 def parse(overrides: Sequence[str]) -> SuiteConfig:
@@ -82,7 +80,7 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     """Run the suite and write its results."""
     from rich.console import Console
 
-    from sieve.eval.documents import read_documents, stored_documents
+    from sieve.eval.documents import Documents, read_documents, stored_documents
     from sieve.eval.load import place_and_precision
     from sieve.eval.report import print_result, write_results
     from sieve.eval.runner import run_suite
@@ -91,13 +89,13 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     device, dtype = place_and_precision(config.device, config.dtype)
     opened = open_model(checkpoint, config.runs_dir, device, dtype)
     model, terminal = opened.loaded, Console()
-    documents: Callable[[int | None], Any] | None = None
+    documents: dict[str, Documents] = {}
     if config.loss.source:
         if model.text is None:
             raise ValueError(f"loss.source: {checkpoint} has no tokenizer to read it with")
-        documents = lambda limit: read_documents(config.loss.source, model.text, limit)  # noqa: E731
-    elif opened.stores is not None:
-        documents = lambda limit: stored_documents(opened.stores.validation, limit)  # noqa: E731
+        documents = {"source": partial(read_documents, config.loss.source, model.text)}
+    elif opened.corpus is not None:
+        documents = {name: partial(stored_documents, store) for name, store in opened.corpus.validation.items()}
     folder = Path(config.out) if config.out else _folder(opened, checkpoint)
     results = run_suite(model, config, documents, _bar, lambda result: print_result(result, terminal))
     for path in write_results(results, folder, model.name, _about(checkpoint, config, device, dtype)):
@@ -138,13 +136,8 @@ def _bar(label: str, total: float | None) -> Iterator[Callable[[int], None]]:
 def help_text() -> str:
     """Usage, then the suites, then every key with its default."""
     from sieve.eval.config import SUITES, SuiteConfig
-    from sieve.train.schema import keys, shown
 
     lines = [USAGE, "Suites:"]
     lines += [f"  {name:10} {', '.join(tasks)}" for name, tasks in SUITES.items()]
-    lines += ["", "Keys, with their defaults:"]
-    for key in keys(SuiteConfig):
-        text = f"  {key.path}={shown(key.default)}"
-        about = f"{key.kind}; {key.description}" if key.description else key.kind
-        lines.append(f"{text:44} {about}" if len(text) < 44 else f"{text}\n{'':44} {about}")
+    lines += ["", "Keys, with their defaults:", *key_lines(SuiteConfig)]
     return "\n".join(lines) + "\n"

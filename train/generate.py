@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sieve.train.run import _is_for_the_user, _log_to_stderr
+from sieve.train.command import is_for_the_user, log_to_stderr
 
 EPILOG = """\
   sieve generate runs/twin-nsa --prompt "def main" --max-tokens 100
@@ -43,11 +44,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0, or 2 after a message for a user's mistake."""
     options = parser().parse_args(argv)
-    _log_to_stderr("WARNING")
+    log_to_stderr(logging.WARNING)
     try:
         return _run(options)
     except ValueError as error:
-        if not _is_for_the_user(error):
+        if not is_for_the_user(error):
             raise
         print(f"sieve generate: {error}", file=sys.stderr)
         return 2

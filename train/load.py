@@ -7,21 +7,22 @@ from pathlib import Path
 
 import torch
 
-from sieve.data.prepare import Stores, build_stores
+from sieve.data.mixture import Corpus, build_corpus
 from sieve.eval.load import Loaded, Text, load_folder
 from sieve.train import checkpoint
 from sieve.train.build import build_model
 from sieve.train.config import RunConfig
+from sieve.train.phases import ropes
 from sieve.train.weights import module_weights
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to use. config, stores: of the run it is from, None for an exported folder."""
+    """A model to use. config, corpus: of the run it is from, None for an exported folder."""
 
     loaded: Loaded
     config: RunConfig | None
-    stores: Stores | None
+    corpus: Corpus | None
 
 
 def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtype) -> Opened:
@@ -35,14 +36,16 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     config = RunConfig.of(saved.manifest["config"])
     # Which kernels trained it does not matter here, and they may not be there.
     config = config.model_copy(update={"attention": config.attention.model_copy(update={"impl": "auto"})})
-    stores = build_stores(config.data, config.tokenizer)
+    corpus = build_corpus(config.data, config.tokenizer)
     with torch.device("meta"):
-        decoder = build_model(config, torch.device("meta"), stores.tokenizer.vocab_size)
+        decoder = build_model(config, torch.device("meta"), corpus.tokenizer.vocab_size)
     decoder = decoder.to_empty(device="cpu")
     decoder.load_state_dict(module_weights(saved))
+    decoder.set_rope(ropes(config.model.rope, config.phases)[saved.phase])
     decoder = decoder.to(device, dtype).eval().requires_grad_(False)
     name = f"{config.name} step {saved.step}"
-    return Opened(Loaded(name, decoder, Text.of(stores.tokenizer), config.seq_len), config, stores)
+    loaded = Loaded(name, decoder, Text.of(corpus.tokenizer), config.phases[saved.phase].seq_len)
+    return Opened(loaded, config, corpus)
 
 
 def _saved(folder: Path) -> checkpoint.Saved:

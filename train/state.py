@@ -41,6 +41,11 @@ class RunState:
     expert_load: dict[int, Tensor] = field(default_factory=dict)
     router_bias: dict[int, Tensor] = field(default_factory=dict)
 
+    @property
+    def phase(self) -> int:
+        """The index of the last step's phase."""
+        return 0 if self.data is None else self.data["phase"]
+
 
 def random_state() -> dict[str, Any]:
     """Every generator's state in this process, in types that torch.load reads with weights_only."""

@@ -24,6 +24,7 @@ from sieve.kernels.nsa.compress_tiles import (
 )
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
+from sieve.kernels.nsa.runs_launch import attend_dq, serves
 
 
 @triton.jit
@@ -132,8 +133,12 @@ def compressed_dq(
         if not add:
             dq.zero_()
         return
-    tile = tile or dq_tile(d_qk, d_v, q.dtype)
+    if tile is None and serves(q, kv_heads, d_v, geometry):
+        lse, delta = lse.contiguous(), delta.contiguous()
+        attend_dq(do, q, k_cmp, v_cmp, lse, delta, packing, dq, scale=scale, add=add, geometry=geometry)
+        return
     group, q, do = heads // kv_heads, unit_stride(q), unit_stride(do)
+    tile = tile or dq_tile(group, d_qk, d_v, q.dtype)
     _backward_q[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
         do, q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
         lse.contiguous(), delta.contiguous(), packing.doc, packing.position, packing.cu_seqlens, dq,

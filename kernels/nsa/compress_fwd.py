@@ -1,4 +1,4 @@
-"""Compression attention (equations 7 and 8), forward: Triton kernel and launcher.
+"""Compression attention (equations 7 and 8), forward: launcher, and the Triton kernel for what the Hopper one does not serve.
 
 A tile is `rows` (token, head of the KV group) pairs, so that a group's heads share every compressed key that is loaded.
 It walks its documents' slots up to the last its queries see; only the last of them, and tiles that touch several
@@ -18,6 +18,7 @@ from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, forward_tile, seen_of, slot_descriptors, unit_stride, whole_slots
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
+from sieve.kernels.nsa.runs_launch import attend, serves
 
 
 @triton.jit
@@ -116,7 +117,8 @@ def compressed_attention_fwd(
 
     q [T, H, Dqk], k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv] in slots (CompressedSlots) -> o [T, H, Dv] in q's dtype,
     natural lse fp32 [T, H]. A query that sees no block has o exactly 0 and lse -inf. scale must be positive. packing.doc and
-    packing.position may be a run of the row's tokens, if q is the same run. Source: arXiv 2502.11089.
+    packing.position may be a run of the row's tokens, if q is the same run. `tile` asks for the Triton kernel, with that tile.
+    Source: arXiv 2502.11089.
     """
     tokens, heads, d_qk = q.shape
     slots, kv_heads, d_v = v_cmp.shape
@@ -125,8 +127,11 @@ def compressed_attention_fwd(
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not tokens or not slots:
         return o.zero_(), lse.fill_(-math.inf)
-    tile = tile or forward_tile(d_qk, d_v, q.dtype)
+    if tile is None and serves(q, kv_heads, d_v, geometry):
+        attend(q, k_cmp, v_cmp, packing, o, lse, scale=scale, geometry=geometry)
+        return o, lse
     group, q = heads // kv_heads, unit_stride(q)
+    tile = tile or forward_tile(group, d_qk, d_v, q.dtype)
     _forward[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
         q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
         packing.doc, packing.position, packing.cu_seqlens, o, lse, *q.stride()[:2], tokens, scale / math.log(2),

@@ -29,24 +29,32 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
-def forward_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
+def _rows(group: int, rows: int) -> int:
+    """Rows of a tile: `rows`, or as many as one token of a larger group needs."""
+    return max(rows, triton.next_power_of_2(group))
+
+
+def forward_tile(group: int, d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
+        return Tile(_rows(group, 32), 32, 4, 1)
+    if d_qk + d_v <= 256:
+        return Tile(_rows(group, 64), 64, 4, 3)
     return Tile(128, 32, 8, 2) if d_qk + d_v > 384 else Tile(128, 64, 8, 3)
 
 
-def dq_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
+def dq_tile(group: int, d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    return Tile(64, 32, 4, 2) if d_qk + d_v > 384 else Tile(128, 64, 8, 2)
+        return Tile(_rows(group, 32), 32, 4, 1)
+    if d_qk + d_v > 384:
+        return Tile(_rows(group, 64), 32, 4, 2)
+    return Tile(_rows(group, 64), 64, 4, 2) if d_qk + d_v <= 256 else Tile(128, 64, 8, 3)
 
 
 def dkv_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
+    """Rows are rounded up to a token of a larger group by the launcher."""
     if dtype == torch.float32:
         return Tile(16, 32, 4, 1)
-    if d_qk + d_v <= 256:
-        return Tile(64, 128, 8, 2)
-    return Tile(32, 64, 8, 2) if d_qk + d_v > 320 else Tile(32, 128, 8, 2)
+    return Tile(32, 64, 8, 2) if d_qk + d_v > 320 else Tile(64, 128, 8, 3)
 
 
 def dkv_splits(programs: int) -> int:

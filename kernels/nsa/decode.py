@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.log import log_once
 from sieve.kernels.nsa import api, decode_reference
 from sieve.kernels.nsa.geometry import Geometry
 
@@ -33,7 +34,7 @@ def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype, queries: 
     if impl == "triton" and reason is not None:
         raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='reference' or 'auto'")
     why = "" if reason is None else f" (plain PyTorch), since triton cannot be had: {reason}"
-    api._log_once(f"nsa decoding: {'triton' if reason is None else 'reference'}{why}")
+    log_once(__name__, f"nsa decoding: {'triton' if reason is None else 'reference'}{why}")
     return "triton" if reason is None else "reference"
 
 

@@ -15,8 +15,6 @@ from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.reference import choose_blocks
 
-CHUNK = 128
-
 
 def _mass(q: Tensor, k: Tensor, start: int, end: int, size: int, scale: float) -> Tensor:
     """q [B, K, G, n, D] of positions [start, end), k [B, K, m, D] -> weights by block [B, K, G, n, blocks]."""
@@ -28,7 +26,7 @@ def _mass(q: Tensor, k: Tensor, start: int, end: int, size: int, scale: float) -
 
 @torch.no_grad()
 def oracle_blocks(
-    q: Tensor, k_slc: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_slc: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None
 ) -> Tensor:
     """The blocks of which a KV group's heads together take most of full attention's weight: int32 [T, Hkv, topk] as of
     select_blocks, forced blocks included, ties to the lower block. q [T, H, Dqk], k_slc [T, Hkv, Dqk]."""
@@ -48,7 +46,7 @@ def oracle_blocks(
 
 @torch.no_grad()
 def recalled_mass(
-    q: Tensor, k_slc: Tensor, indices: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_slc: Tensor, indices: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None
 ) -> Tensor:
     """Share of full attention's weight that lies in the blocks of `indices` int32 [T, Hkv, topk]: [T, H] in [0, 1]."""
     dtype, groups, documents = compute_dtype(q), k_slc.shape[1], Documents.of(packing)

@@ -14,7 +14,7 @@ from torch import Tensor
 from sieve.kernels.common.chunks import over_chunks
 from sieve.kernels.common.dense import attend, compute_dtype, scores
 from sieve.kernels.common.documents import Documents
-from sieve.kernels.full.reference import CHUNK, causal_attention
+from sieve.kernels.full.reference import causal_attention
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 
@@ -32,7 +32,7 @@ def _blocks_seen(start: int, end: int, geometry: Geometry, device: torch.device)
 
 
 def compressed_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Equations 7 and 8: attention over the compressed blocks that end at or before the query.
 
@@ -109,7 +109,7 @@ def choose_blocks(importance: Tensor, query: Tensor, geometry: Geometry) -> Tens
 
 @torch.no_grad()
 def select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_cmp: Tensor, lse: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None
 ) -> Tensor:
     """Equations 9 to 12: the selection blocks each query and KV group reads.
 
@@ -152,7 +152,7 @@ def selected_tokens(indices: Tensor, start: int, end: int, geometry: Geometry) -
 
 def selected_attention(
     q: Tensor, k_slc: Tensor, v_slc: Tensor, indices: Tensor, packing: Packing, geometry: Geometry, *, scale: float,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the tokens of the selected blocks, up to the query's own.
 
@@ -177,7 +177,7 @@ def selected_attention(
 
 
 def window_attention(
-    q: Tensor, k_win: Tensor, v_win: Tensor, packing: Packing, window_size: int, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_win: Tensor, v_win: Tensor, packing: Packing, window_size: int, *, scale: float, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the last window_size tokens of the document, the query's own included.
 
@@ -196,7 +196,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
 
 def nsa_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK,
+    packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The whole operator, see sieve.kernels.nsa.api: out [T, H, Dv] and the selected blocks int32 [T, Hkv, topk]."""
     o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, packing, geometry, scale=scale, chunk=chunk)

@@ -47,10 +47,25 @@ def resident_programs(tile: Tile, d_qk: int, itemsize: int) -> int:
 
 
 @triton.jit
+def _place_of(column, PADDED: tl.constexpr, ABREAST: tl.constexpr, RUN: tl.constexpr):
+    """(token of the tile, head of the group) of a column: RUN heads in a row, of ABREAST tokens by turns.
+
+    In a warpgroup's accumulator each of four neighbouring threads holds two of every eight columns. With eight columns to a
+    turn, a token's heads are then in one thread (or two, or four, where a tile has few tokens), and their sum needs no
+    exchange between threads.
+    """
+    turn = column // (ABREAST * RUN)
+    turns: tl.constexpr = PADDED // RUN
+    token = turn // turns * ABREAST + column // RUN % ABREAST
+    return token, turn % turns * RUN + column % RUN
+
+
+@triton.jit
 def _sweep(
     q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, seen, written, kv_head, doc_slot, num_slots, begin, end,
     width, factor,
     HEADS_KV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr,
+    ABREAST: tl.constexpr, RUN: tl.constexpr,
     A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store own and next of the blocks [begin, end) for the queries `written`; MASKED if some do not see all of them."""
@@ -77,8 +92,8 @@ def _sweep(
         p = tl.exp2(s * factor - lse[None, :])
         if MASKED:
             p = tl.where(slot[:, None] < seen[None, :], p, 0.0)
-        p = tl.sum(tl.reshape(p, [SLOTS, TOKENS, PADDED]), 2)
-        p = tl.reshape(p, [BLOCKS, A_PADDED, TOKENS])
+        p = tl.sum(tl.reshape(p, [SLOTS, TOKENS // ABREAST, PADDED // RUN, ABREAST, RUN]), 4)
+        p = tl.reshape(tl.sum(p, 2), [BLOCKS, A_PADDED, TOKENS])
         block = first + tl.arange(0, BLOCKS)[:, None]
         at = tl.arange(0, TOKENS)[None, :] * width + block
         mask = written[None, :] & (block + 1 < width)
@@ -104,6 +119,8 @@ def _select(
     B: tl.constexpr = KERNEL // STRIDE
     BLOCKS: tl.constexpr = SLOTS // A_PADDED
     TOKENS: tl.constexpr = COLUMNS // PADDED
+    ABREAST: tl.constexpr = min(TOKENS, 4)
+    RUN: tl.constexpr = min(8 // ABREAST, PADDED)
     PICKED: tl.constexpr = min(TOKENS, 8)  # queries at a time, for their ranks to fit into registers
     HEADS_KV: tl.constexpr = HEADS // GROUP
     own_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * TOKENS) * width
@@ -121,10 +138,11 @@ def _select(
         # A query with no more candidates than it may choose takes them all, whatever they weigh.
         seen = tl.where(position // BLOCK >= TOPK, seen_of(position, KERNEL, STRIDE), 0)
 
-        column_token = first_token + column // PADDED
-        column_ok = (column_token < num_tokens) & (column % PADDED < GROUP)
+        column_token, head = _place_of(column, PADDED, ABREAST, RUN)
+        column_token += first_token
+        column_ok = (column_token < num_tokens) & (head < GROUP)
         column_token = tl.minimum(column_token, num_tokens - 1)
-        head = (kv_head * GROUP + tl.minimum(column % PADDED, GROUP - 1)).to(tl.int64)
+        head = (kv_head * GROUP + tl.minimum(head, GROUP - 1)).to(tl.int64)
         q_at = q_ptr + (column_token.to(tl.int64) * stride_qt + head * stride_qh)[:, None]
         q0 = tl.load(q_at + tl.arange(0, D0)[None, :])
         q1 = q0
@@ -143,12 +161,13 @@ def _select(
             whole = tl.min(tl.where(mine, seen, 0), 0) // (BLOCKS * A) * BLOCKS
             _sweep(
                 q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, column_seen, mine, kv_head, doc_slot,
-                num_slots, 0, whole, width, factor, HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, False,
+                num_slots, 0, whole, width, factor, HEADS_KV, D0, D1, TOKENS, PADDED, ABREAST, RUN,
+                A, A_PADDED, B, SLOTS, False,
             )  # fmt: skip
             _sweep(
                 q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, tl.where(column_doc == d, column_seen, 0),
                 mine, kv_head, doc_slot, num_slots, whole, last_block, width, factor,
-                HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, True,
+                HEADS_KV, D0, D1, TOKENS, PADDED, ABREAST, RUN, A, A_PADDED, B, SLOTS, True,
             )  # fmt: skip
         tl.debug_barrier()  # the scratch memory was written by other threads than will read it
         for part in range(0, TOKENS, PICKED):

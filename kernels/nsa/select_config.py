@@ -43,7 +43,10 @@ def forward_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int
 def dq_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int) -> Tile:
     if itemsize == 4:
         return Tile(row_tile(group, 16), key_tile(block_size, 16), 8, 1)
-    return Tile(row_tile(group, 64), key_tile(block_size, 64), 4 if d_qk + d_v <= 320 else 8, 2)
+    if d_qk + d_v <= 256:
+        return Tile(row_tile(group, 64), key_tile(block_size, 64), 4, 2)
+    # Two accumulators of dq's columns leave registers for half the keys.
+    return Tile(row_tile(group, 64), key_tile(block_size, 32), 4 if d_qk + d_v <= 320 else 8, 3 if d_qk + d_v <= 320 else 2)
 
 
 def dkv_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int) -> Tile:
@@ -53,27 +56,16 @@ def dkv_tile(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int) ->
     keys = key_tile(block_size, 64)
     if d_qk + d_v <= 256:
         return Tile(row_tile(group, 64), keys, 4, 2)
-    return Tile(row_tile(group, 64 if d_qk + d_v <= 320 else 32), keys, 8, 2)
-
-
-def segment_length(tokens: int, row_bytes: int, keys: int) -> int:
-    """Queries in a segment of dk/dv: as many as leave their rows of q and dO, of one KV head, in the L2 cache (32 MB of 60).
-
-    row_bytes: of a query's rows. keys: what a query chooses, topk * block_size, which is also how many queries choose a
-    block on average. Segments are no shorter than leaves 64 of them to a list (128 of those that can reach it), since a
-    list costs the loading of a block and of its sums.
-    """
-    fits = 1 << ((32 << 20) // row_bytes).bit_length() - 1
-    return max(fits, -(-tokens * 64 // keys), 1024)
+    return Tile(row_tile(group, 32), keys, 4, 3) if d_qk + d_v <= 320 else Tile(row_tile(group, 32), keys, 8, 2)
 
 
 def piece_length(entries: int) -> int:
-    """Queries in a piece of a block's list: pieces for some eight rounds of 264 programs, 256 to 1024 long.
+    """Queries in a piece of a block's list: pieces for some eight rounds of 264 programs, 256 to 2048 long.
 
-    entries: of all lists of a segment. Longer pieces leave fewer partial sums to add, shorter ones fill the device
-    better where there is little to do.
+    entries: of all lists. Longer pieces leave fewer partial sums to add, shorter ones fill the device better where there
+    is little to do.
     """
-    return min(max(1 << (entries // 2048).bit_length(), 256), 1024)
+    return min(max(1 << (entries // 2048).bit_length(), 256), 2048)
 
 
 def by_list(group: int, d_qk: int, d_v: int, block_size: int, itemsize: int) -> bool:

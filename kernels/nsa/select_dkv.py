@@ -1,10 +1,8 @@
 """Selected attention, backward for k and v: by block, over exactly the queries that chose it.
 
 dk = scale * dS^T q and dv = P^T dO, with P and dS as in select_dq. A program takes a piece of a block's list of queries
-(inverse_index) and holds the block's keys as the rows of its dots, P^T and dS^T. The lists are of a segment of the queries,
-whose q and dO stay in the L2 cache while all blocks gather them; segments follow each other and add to fp32 sums. Within
-a segment a list of one piece adds its sums at once, the pieces of a longer one leave partial sums that a second kernel
-adds in order: no sum needs an atomic.
+(inverse_index) and holds the block's keys as the rows of its dots, P^T and dS^T. A list of one piece stores its sums at
+once, the pieces of a longer one leave partial sums that a second kernel adds in order: no sum needs an atomic.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.inverse_index import InverseIndex, invert
 from sieve.kernels.nsa.layout import Packing
-from sieve.kernels.nsa.select_config import Tile, dkv_tile, piece_length, segment_length
+from sieve.kernels.nsa.select_config import Tile, dkv_tile, piece_length
 from sieve.kernels.nsa.select_rows import (
     LOG2_E,
     check_scale,
@@ -29,7 +27,7 @@ from sieve.kernels.nsa.select_rows import (
     store_rows,
 )  # fmt: skip
 
-GATHER_BYTES = 2**30  # up to this size, the rows' lse and delta are copied into the lists' order
+GATHER_BYTES = 2**28  # up to this size, the rows' lse and delta are copied into the lists' order, which gains 3 %
 
 
 @triton.jit
@@ -52,19 +50,10 @@ def _gather_rows(
 
 
 @triton.jit
-def _store_sum(ptr, at, x, key_ok, FROM: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr):
-    if ADD:
-        x += load_rows(ptr, at, key_ok, FROM, D)
-    store_rows(ptr, at, x, key_ok, FROM, D)
-
-
-@triton.jit
-def _store_part(
-    out_ptr, partial_ptr, at_out, at_part, x, key_ok, row, FROM: tl.constexpr, D: tl.constexpr, ADD: tl.constexpr
-):  # fmt: skip
-    """A list's only piece goes to (or is added to) the sums, one of several to the partial sums."""
+def _store_part(out_ptr, partial_ptr, at_out, at_part, x, key_ok, row, FROM: tl.constexpr, D: tl.constexpr):
+    """A list's only piece goes to the sums, one of several to the partial sums."""
     if row < 0:
-        _store_sum(out_ptr, at_out, x, key_ok, FROM, D, ADD)
+        store_rows(out_ptr, at_out, x, key_ok, FROM, D)
     else:
         store_rows(partial_ptr, at_part, x, key_ok, FROM, D)
 
@@ -84,28 +73,26 @@ def _keys_of(block, start_ptr, end_ptr, KEYS: tl.constexpr, BLOCK: tl.constexpr)
     return local, key, (key < tl.load(end_ptr + block)) & (local < BLOCK)
 
 
-@triton.jit(do_not_specialize=["blocks", "lists", "segment", "pieces"])
+@triton.jit(do_not_specialize=["blocks", "lists"])
 def _backward_kv(
     q_ptr, k_desc, k_desc1, v_desc, v_desc1, do_ptr, lse_ptr, delta_ptr,
     dk_ptr, dv_ptr, partial_k_ptr, partial_v_ptr, token_ptr, offset_ptr, start_ptr, end_ptr, pieces_ptr, several_ptr, owner_ptr,
-    stride_qt, stride_qh, stride_ot, stride_oh, num_heads, blocks, lists, segment, pieces, length, scale,
+    stride_qt, stride_qh, stride_ot, stride_oh, num_heads, blocks, lists, length, scale,
     GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_UP: tl.constexpr, KV_HEADS: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    GATHERED: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr, ADD: tl.constexpr,
+    GATHERED: tl.constexpr, WIDE: tl.constexpr, ALIKE: tl.constexpr,
 ):  # fmt: skip
-    """One of at most `pieces` pieces of a segment's lists, and KEYS keys of its block.
+    """One of the lists' pieces, and KEYS keys of its block.
 
     GATHERED: lse_ptr and delta_ptr are _gather_rows' outputs. WIDE: offsets in q and do need 64 bits. ALIKE: q and do
     have the same strides. The last two save registers, of which this loop has none to spare.
     """
-    number = tl.load(owner_ptr + segment * pieces + tl.program_id(0))
+    number = tl.load(owner_ptr + tl.program_id(0))
     if number >= lists:
         return
     kv_head = number // blocks
     block = number - kv_head * blocks
-    offset_ptr += segment * lists
-    pieces_ptr += segment * lists
     begin, end, nth = list_piece(number, tl.program_id(0), offset_ptr, pieces_ptr, length)
     first = tl.load(start_ptr + block) + tl.program_id(1) * KEYS
     # Keys past the block's end are read too: they only add to rows of dk and dv that are not stored.
@@ -172,38 +159,37 @@ def _backward_kv(
         if D1 > 0:
             dk1 = tl.dot(ds, q1, dk1, input_precision="ieee")
 
-    row = _first_row(number, several_ptr + segment * lists, offset_ptr, length)
+    row = _first_row(number, several_ptr, offset_ptr, length)
     local, key, key_ok = _keys_of(block, start_ptr, end_ptr, KEYS, BLOCK)
     at_out = key.to(tl.int64) * KV_HEADS + kv_head
     at_part = (row + nth).to(tl.int64) * (tl.num_programs(1) * KEYS) + local
-    _store_part(dk_ptr, partial_k_ptr, at_out * (D0 + D1), at_part * (D0 + D1), dk0 * scale, key_ok, row, 0, D0, ADD)
-    _store_part(dv_ptr, partial_v_ptr, at_out * (E0 + E1), at_part * (E0 + E1), dv0, key_ok, row, 0, E0, ADD)
+    _store_part(dk_ptr, partial_k_ptr, at_out * (D0 + D1), at_part * (D0 + D1), dk0 * scale, key_ok, row, 0, D0)
+    _store_part(dv_ptr, partial_v_ptr, at_out * (E0 + E1), at_part * (E0 + E1), dv0, key_ok, row, 0, E0)
     if D1 > 0:
-        _store_part(dk_ptr, partial_k_ptr, at_out * (D0 + D1), at_part * (D0 + D1), dk1 * scale, key_ok, row, D0, D1, ADD)
+        _store_part(dk_ptr, partial_k_ptr, at_out * (D0 + D1), at_part * (D0 + D1), dk1 * scale, key_ok, row, D0, D1)
     if E1 > 0:
-        _store_part(dv_ptr, partial_v_ptr, at_out * (E0 + E1), at_part * (E0 + E1), dv1, key_ok, row, E0, E1, ADD)
+        _store_part(dv_ptr, partial_v_ptr, at_out * (E0 + E1), at_part * (E0 + E1), dv1, key_ok, row, E0, E1)
 
 
 @triton.jit
-def _add_columns(partial_ptr, out_ptr, at_out, at_part, step, count, key_ok, D: tl.constexpr, ADD: tl.constexpr):
+def _add_columns(partial_ptr, out_ptr, at_out, at_part, step, count, key_ok, D: tl.constexpr):
     """Sum `count` partial sums, `step` rows apart, in order."""
     STEP: tl.constexpr = 32 if D % 32 == 0 else 16
     for column in range(0, D, STEP):
         total = load_rows(partial_ptr + column, at_part * D, key_ok, 0, STEP)
         for i in range(1, count):
             total += load_rows(partial_ptr + column, (at_part + i * step) * D, key_ok, 0, STEP)
-        _store_sum(out_ptr + column, at_out * D, total, key_ok, 0, STEP, ADD)
+        store_rows(out_ptr + column, at_out * D, total, key_ok, 0, STEP)
 
 
-@triton.jit(do_not_specialize=["blocks", "lists", "segment"])
+@triton.jit(do_not_specialize=["blocks"])
 def _add_partials(
-    partial_k_ptr, partial_v_ptr, dk_ptr, dv_ptr, offset_ptr, start_ptr, end_ptr, several_ptr, blocks, lists, segment, length,
-    KEYS: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr, ADD: tl.constexpr,
+    partial_k_ptr, partial_v_ptr, dk_ptr, dv_ptr, offset_ptr, start_ptr, end_ptr, several_ptr, blocks, length,
+    KEYS: tl.constexpr, BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """The sums of a list of several pieces, from the pieces' partial sums."""
     number = tl.program_id(0)
-    offset_ptr += segment * lists
-    row = _first_row(number, several_ptr + segment * lists, offset_ptr, length)
+    row = _first_row(number, several_ptr, offset_ptr, length)
     if row < 0:
         return
     kv_head = number // blocks
@@ -211,8 +197,8 @@ def _add_partials(
     count = tl.cdiv(tl.load(offset_ptr + number + 1) - tl.load(offset_ptr + number), length)
     step = (tl.num_programs(1) * KEYS).to(tl.int64)
     at_out = key.to(tl.int64) * KV_HEADS + kv_head
-    _add_columns(partial_k_ptr, dk_ptr, at_out, row * step + local, step, count, key_ok, DK, ADD)
-    _add_columns(partial_v_ptr, dv_ptr, at_out, row * step + local, step, count, key_ok, DV, ADD)
+    _add_columns(partial_k_ptr, dk_ptr, at_out, row * step + local, step, count, key_ok, DK)
+    _add_columns(partial_v_ptr, dv_ptr, at_out, row * step + local, step, count, key_ok, DV)
 
 
 def _gathered(lse: Tensor, delta: Tensor, index: InverseIndex, kv_heads: int, rows: int) -> tuple[Tensor, Tensor]:
@@ -235,13 +221,12 @@ def _reach(x: Tensor, group: int) -> int:
 
 def selected_dkv(
     do: Tensor, q: Tensor, k_slc: Tensor, v_slc: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, packing: Packing,
-    geometry: Geometry, *, scale: float, tile: Tile | None = None, segment: int | None = None, length: int | None = None,
+    geometry: Geometry, *, scale: float, tile: Tile | None = None, length: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """dk [T, Hkv, Dqk] and dv [T, Hkv, Dv] of selected_attention_fwd in k's dtype; arguments as selected_dq's.
 
-    `tile`, `segment` (queries in a segment) and `length` (queries in a piece of a list) override the tables' launch.
-    Beyond inputs and outputs it holds some 20 bytes an entry of indices, up to GATHER_BYTES of rows, fp32 dk and dv where
-    there are several segments, and of these the size of a block for each length / 2 entries of a segment.
+    `tile` and `length` (queries in a piece of a list) override the tables' launch. Beyond inputs and outputs it holds some
+    20 bytes an entry of indices, up to GATHER_BYTES of rows, and the fp32 sums of a block for each length / 2 entries.
     """
     check_scale(scale)
     (tokens, heads, d_qk), kv_heads, d_v = q.shape, k_slc.shape[1], v_slc.shape[2]
@@ -250,35 +235,27 @@ def selected_dkv(
     if tokens == 0:
         return dk, dv
     tile = tile or dkv_tile(group, d_qk, d_v, block_size, q.element_size())
-    entries, row_bytes = indices.numel(), group * (d_qk + d_v) * q.element_size()
-    segment = segment or segment_length(tokens, row_bytes, geometry.topk * block_size)
-    length = length or piece_length(entries // triton.cdiv(tokens, segment))
-    index = invert(indices, packing, block_size, segment, length, least=int(tokens <= segment))
+    entries = indices.numel()
+    length = length or piece_length(entries)
+    index = invert(indices, packing, block_size, tokens, length, least=1)
     gathered = 8 * entries * group <= GATHER_BYTES
     if gathered:
         lse, delta = _gathered(lse, delta, index, kv_heads, tile.rows)
     q, do = (x if x.stride(2) == 1 else x.contiguous() for x in (q, do))
     parts = triton.cdiv(block_size, tile.keys)
     partial = [torch.empty(index.rows, parts * tile.keys, d, dtype=torch.float32, device=q.device) for d in (d_qk, d_v)]
-    add = index.segments > 1
-    sums = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (dk, dv)] if add else [dk, dv]
     descriptors = *key_descriptors(k_slc, tile.keys), *key_descriptors(v_slc, tile.keys)
     lists = index.offset, index.start, index.end
-    common = {"KEYS": tile.keys, "BLOCK": block_size, "KV_HEADS": kv_heads, "ADD": add}
-    for i in range(index.segments):
-        _backward_kv[(index.owner.shape[1], parts)](
-            q, *descriptors, do, lse, delta, *sums, *partial, index.token, *lists, *index.pieces, index.owner,
-            q.stride(0), q.stride(1), do.stride(0), do.stride(1), heads,
-            index.blocks, index.lists, i, index.owner.shape[1], length, scale,
-            GROUP=group, TOKENS=tile.tokens(group), ROWS=tile.rows, BLOCK_UP=triton.next_power_of_2(block_size),
-            D0=d0, D1=d1, E0=e0, E1=e1, GATHERED=gathered, WIDE=max(_reach(q, group), _reach(do, group)) >= 2**31,
-            ALIKE=q.stride() == do.stride(), num_warps=tile.num_warps, num_stages=tile.num_stages, **common,
-        )  # fmt: skip
-        if index.rows:
-            _add_partials[(index.lists, parts)](
-                *partial, *sums, *lists, index.pieces[1], index.blocks, index.lists, i, length, DK=d_qk, DV=d_v, **common
-            )
-    if add:
-        dk.copy_(sums[0])
-        dv.copy_(sums[1])
+    common = {"KEYS": tile.keys, "BLOCK": block_size, "KV_HEADS": kv_heads}
+    _backward_kv[(index.owner.shape[1], parts)](
+        q, *descriptors, do, lse, delta, dk, dv, *partial, index.token, *lists, *index.pieces, index.owner,
+        q.stride(0), q.stride(1), do.stride(0), do.stride(1), heads, index.blocks, index.lists, length, scale,
+        GROUP=group, TOKENS=tile.tokens(group), ROWS=tile.rows, BLOCK_UP=triton.next_power_of_2(block_size),
+        D0=d0, D1=d1, E0=e0, E1=e1, GATHERED=gathered, WIDE=max(_reach(q, group), _reach(do, group)) >= 2**31,
+        ALIKE=q.stride() == do.stride(), num_warps=tile.num_warps, num_stages=tile.num_stages, **common,
+    )  # fmt: skip
+    if index.rows:
+        _add_partials[(index.lists, parts)](
+            *partial, dk, dv, *lists, index.pieces[1], index.blocks, length, DK=d_qk, DV=d_v, **common
+        )
     return dk, dv

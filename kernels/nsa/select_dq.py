@@ -14,7 +14,9 @@ from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.select_config import Tile, by_list, dq_tile, gather_tile
+from sieve.kernels.nsa.select_dq_hopper import union_dq
 from sieve.kernels.nsa.select_gather import gathered_dq
+from sieve.kernels.nsa.select_hopper import serves
 from sieve.kernels.nsa.select_rows import LOG2_E, check_scale, key_descriptors, last_key, load_rows, store_rows, tile_rows
 from sieve.kernels.nsa.select_union import unite_blocks
 
@@ -113,6 +115,10 @@ def selected_dq(
         tile = tile or gather_tile(group, d_qk, d_v, backward=True)
         rest = k_slc, v_slc, indices, lse, delta, packing, geometry.block_size
         gathered_dq(do, q, *rest, scale=scale, dq=dq, add=add, tile=tile)
+        return dq
+    if tile is None and serves(q, kv_heads, d_v, geometry.block_size):
+        union = unite_blocks(indices, packing, geometry.block_size, 64 // group)
+        union_dq(do, q, k_slc, v_slc, union, geometry.block_size, lse, delta, dq, scale=scale, add=add)
         return dq
     tile = tile or dq_tile(*shape)
     union = unite_blocks(indices, packing, geometry.block_size, tile.tokens(group))

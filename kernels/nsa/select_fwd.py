@@ -1,4 +1,4 @@
-"""Selected attention, forward: Triton kernel and launcher.
+"""Selected attention, forward: launcher, and the Triton kernel for what the Hopper one (select_hopper) does not serve.
 
 A tile is a few neighbouring tokens with all heads of one KV group, 64 rows for the tensor cores; it runs over the union
 of its tokens' blocks (select_union), each loaded once, and hides a block from the rows that did not choose it.
@@ -16,6 +16,7 @@ from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.select_config import Tile, by_list, forward_tile, gather_tile
 from sieve.kernels.nsa.select_gather import gathered_forward
+from sieve.kernels.nsa.select_hopper import attend_union, serves
 from sieve.kernels.nsa.select_rows import LOG2_E, check_scale, key_descriptors, last_key, load_rows, store_rows, tile_rows
 from sieve.kernels.nsa.select_union import unite_blocks
 
@@ -111,6 +112,10 @@ def selected_attention_fwd(
     o = torch.empty(tokens, heads, d_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
     if tokens == 0:
+        return o, lse
+    if tile is None and serves(q, kv_heads, d_v, geometry.block_size):
+        union = unite_blocks(indices, packing, geometry.block_size, 64 // group, first_token)
+        attend_union(q, k_slc, v_slc, union, geometry.block_size, o, lse, scale=scale, first_token=first_token)
         return o, lse
     tile = tile or forward_tile(*shape)
     union = unite_blocks(indices, packing, geometry.block_size, tile.tokens(group), first_token)

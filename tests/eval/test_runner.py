@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sieve.eval.config import SuiteConfig
-from sieve.eval.documents import document_loss, read_documents, token_loss_of
+from sieve.eval.documents import document_loss, read_documents, stored_documents, token_loss_of
 from sieve.eval.health import probe, switch_losses
 from sieve.eval.load import Loaded, Text
 from sieve.eval.report import print_result, write_results
@@ -23,6 +23,13 @@ LETTERS = Text(
 def documents(limit=None):
     rng = np.random.default_rng(0)
     return [np.array([1, *rng.integers(3, 61, n), 2]) for n in (5, 90, 200, 33)]
+
+
+class Stored:
+    """A store of these documents."""
+
+    def __init__(self, own):
+        self.num_documents, self.document = len(own), own.__getitem__
 
 
 def settings(**changes):
@@ -65,7 +72,7 @@ def test_documents_of_files(tmp_path):
 def test_all_of_it_to_files(tiny, tmp_path):
     model = Loaded("m", tiny(), LETTERS, 128)
     seen = []
-    results = run_suite(model, settings(suite="all"), documents, report=seen.append)
+    results = run_suite(model, settings(suite="all"), {"text": documents}, report=seen.append)
     assert [r.task for r in results] == list(settings(suite="all").suite) == [r.task for r in seen]
     files = write_results(results, tmp_path / "out", "m", {"command": "x"})
     names = {path.name for path in files}
@@ -105,13 +112,44 @@ def test_switches_change_the_loss(tiny):
     assert abs(found["without window"]) > 1e-3
 
 
+def test_sources_share_the_tokens_and_are_told_apart(tiny):
+    def others(limit=None):
+        return stored_documents(Stored(documents()[::-1]), limit)
+
+    def first(limit=None):
+        return stored_documents(Stored(documents()), limit)
+
+    loss = settings(suite=["loss"], loss={"max_tokens": 120})
+    model = Loaded("m", tiny(), LETTERS, 128)
+    (both,) = run_suite(model, loss, {"a": first, "b": others})
+    one, two = (
+        run_suite(model, settings(suite=["loss"], loss={"max_tokens": 60}), {"only": own})[0] for own in (first, others)
+    )
+    assert "loss by source" not in one.tables and "eval/only/loss" not in one.metrics
+    assert both.metrics["eval/a/loss"] == one.metrics["eval/loss"]
+    assert both.metrics["eval/b/loss"] == two.metrics["eval/loss"]
+    rows = {row["source"]: row["tokens"] for row in both.tables["loss by source"]}
+    weighed = (rows["a"] * one.metrics["eval/loss"] + rows["b"] * two.metrics["eval/loss"]) / sum(rows.values())
+    assert both.metrics["eval/loss"] == pytest.approx(weighed)
+
+
+def test_up_to_dense_len_there_is_no_selection_to_measure(tiny):
+    texts = {"text": documents}
+    for task in ("health", "switches"):
+        with pytest.raises(ValueError, match=f"{task}: no text has more than 100 tokens, and up to attention.dense_len=100 m"):
+            run_suite(Loaded("m", tiny(dense_len=100), LETTERS, 100), settings(suite=[task]), texts)
+    (health,) = run_suite(Loaded("m", tiny(dense_len=100), LETTERS, 128), settings(suite=["health"]), texts)
+    (without,) = run_suite(Loaded("m", tiny(), LETTERS, 128), settings(suite=["health"]), texts)
+    assert health.tables == without.tables  # one text is longer, which makes all of the call sparse
+
+
 def test_users_mistakes(tiny):
     model = Loaded("m", tiny("full"), LETTERS, 128)
     with pytest.raises(ValueError, match="loss needs text: give loss.source"):
-        run_suite(model, settings(suite=["loss"]), None)
+        run_suite(model, settings(suite=["loss"]), {})
     with pytest.raises(ValueError, match="health is about NSA, and m has no NSA layer"):
-        run_suite(model, settings(suite=["health"]), documents)
+        run_suite(model, settings(suite=["health"]), {"text": documents})
     with pytest.raises(ValueError, match="needle needs the model's tokenizer"):
-        run_suite(Loaded("m", tiny(), None, 128), settings(suite=["needle"]), documents)
+        run_suite(Loaded("m", tiny(), None, 128), settings(suite=["needle"]), {"text": documents})
     with pytest.raises(ValueError, match="needl is no suite and no task; did you mean needle"):
         settings(suite="needl")

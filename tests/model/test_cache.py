@@ -115,6 +115,39 @@ def test_the_selection_is_training_s_to_the_bit(model, attention, build, pack, m
     assert free.tolist() != list(range(6, 10)) and (free >= 0).all()
 
 
+@pytest.mark.parametrize("size", [1, 7, 100])
+@pytest.mark.parametrize("changes", [{}, {"share_kv": True, "qk_norm": True}, {"layers": ("full", "nsa")}], ids=str)
+def test_within_dense_len_the_cache_is_dense(changes, size, model, attention, build, whole):
+    decoder = build(model(), attention(dense_len=100, **changes))
+    tokens = texts(100, 33, 1, 71)
+    got, _ = run(decoder, tokens, lambda done, left: size)
+    sparse = build(model(), attention(**changes))
+    for g, t in zip(got, tokens):
+        close(g, whole(decoder, t))
+    assert not torch.allclose(got[0], whole(sparse, tokens[0]), rtol=1e-2, atol=1e-2)
+
+
+def test_a_text_that_outgrows_dense_len_turns_sparse(model, attention, build, whole):
+    """One layer, whose keys do not depend on how the tokens before attended: then each token is as in a forward of its
+    own kind, and what the sparse branches read was stored while the layer was dense."""
+    shape = model(num_layers=1)
+    decoder, sparse = build(shape, attention(dense_len=60)), build(shape, attention())
+    (tokens,) = texts(130)
+    for size in (1, 7, 20):
+        (got,), _ = run(decoder, [tokens], lambda done, left, size=size: size)
+        turn = 60 // size * size
+        close(got[:turn], whole(decoder, tokens[:60])[:turn])
+        close(got[turn:], whole(sparse, tokens)[turn:])
+
+
+def test_a_prompt_longer_than_dense_len_is_sparse_from_its_beginning(model, attention, build, whole):
+    decoder = build(model(), attention(dense_len=60))
+    tokens = texts(90, 20)
+    (got, beside), _ = run(decoder, tokens, lambda done, left: 70 if done == 0 else 1)
+    close(got, whole(decoder, tokens[0]))
+    close(beside, whole(build(model(), attention()), tokens[1]))  # by call: the longest text decides for all
+
+
 def test_growing_selecting_and_last_logits(decoder, whole):
     tokens = texts(60, 35, 48)
     cache = decoder.new_cache(3, 50)

@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import torch
 
 from sieve.train import evaluate
+from sieve.train.load import open_model
 from sieve.train.mistakes import ConfigError
 from sieve.train.overrides import load_config
 from sieve.train.run import run
@@ -30,6 +32,30 @@ def test_a_run_measures_tasks_and_is_evaluated(one_rank, tiny_text, tmp_path, ca
     assert data["about"]["checkpoint"] == "r" and data["about"]["commit"]
 
 
+def test_a_mixture_is_evaluated_by_source_in_the_phase_it_ended_in(mixture, one_rank, tmp_path, capsys):
+    config = load_config([
+        *mixture, f"runs_dir={tmp_path}", "name=m", "steps=5", "attention=nsa", "eval.every=5", "eval.tasks=[copy,needle]",
+        "eval.recall.lengths=[30]", "eval.recall.samples=4", "eval.needle.lengths=[128]", "eval.needle.depths=[0.5]",
+        "eval.needle.samples=2", "eval.needle.digits=2",
+    ])
+    assert run(config) == 0
+    last = json.loads((tmp_path / "m" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"eval/letters/loss", "eval/pairs/loss", "eval/loss", "eval/copy", "eval/needle_len_0128"} <= last.keys()
+    model = open_model("m", str(tmp_path), torch.device("cpu"), torch.float32).loaded
+    assert model.seq_len == 128 and model.decoder.config.rope.scaling.factor == 2
+    assert evaluate.main(["m", f"runs_dir={tmp_path}", "suite=[loss,copy]", "recall.lengths=[30]", "recall.samples=4",
+                          "loss.max_tokens=400"]) == 0
+    assert "loss by source" in capsys.readouterr().out
+    results = json.loads((tmp_path / "m" / "report" / "eval" / "results.json").read_text())
+    # Random tokens that the stretched rotary embedding tells apart: another one gives another loss.
+    assert results["metrics"]["eval/copy_loss"] == pytest.approx(last["eval/copy_loss"], rel=1e-5)
+    by_source = {row["source"]: row for row in results["tasks"]["loss"]["tables"]["loss by source"]}
+    assert by_source.keys() == {"letters", "pairs"} and all(100 < row["tokens"] < 200 for row in by_source.values())
+    total = sum(row["tokens"] * row["loss"] for row in by_source.values()) / sum(row["tokens"] for row in by_source.values())
+    assert results["metrics"]["eval/loss"] == pytest.approx(total)
+    assert results["metrics"]["eval/pairs/loss"] == by_source["pairs"]["loss"]
+
+
 @pytest.mark.parametrize("overrides, message", [
     (["suite=neddle"], "did you mean needle"),
     (["needle.lenghts=[5]"], r"needle.lenghts=\[5\]: unknown key; did you mean needle.lengths"),
@@ -48,8 +74,11 @@ def test_mistakes_of_the_command(capsys):
     assert evaluate.main(["--help"]) == 0
     out = capsys.readouterr().out
     assert "needle.lengths=[1024,2048,4096,8192]" in out and "standard" in out
+    assert evaluate.main(["nowhere", "--cfg", "job", "needle.keys=3"]) == 0 and "keys: 3" in capsys.readouterr().out
 
 
-def test_needles_longer_than_the_rows_are_refused(tiny_text):
+def test_needles_longer_than_the_rows_are_refused(tiny_text, mixture):
+    with pytest.raises(ConfigError, match="eval.needle.lengths has 8192, more than seq_len=128"):
+        load_config([*mixture, "eval.tasks=[needle]"])
     with pytest.raises(ConfigError, match="eval.needle.lengths has 8192, more than seq_len=64"):
         load_config([*tiny_text, "eval.tasks=[needle]"])

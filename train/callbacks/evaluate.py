@@ -24,13 +24,13 @@ class EvalConfig(Config):
 
 
 class Evaluate(Callback):
-    """Evaluates by `evaluate()`, which returns eval/* metrics, every `every` steps and at the last one.
+    """Evaluates by `evaluate(run)`, which returns eval/* metrics, every `every` steps and at the last one.
 
     A run that is told to stop saves at once and owes an evaluation that falls on that step: it is made up for when
     the run goes on, with the same weights. Hence also `run.evaluated_step`, which the checkpoints carry.
     """
 
-    def __init__(self, config: EvalConfig, evaluate: Callable[[], dict[str, float]], listeners: Callback) -> None:
+    def __init__(self, config: EvalConfig, evaluate: Callable[[RunState], dict[str, float]], listeners: Callback) -> None:
         self.config, self.evaluate, self.listeners = config, evaluate, listeners
 
     def start(self, run: RunState) -> None:
@@ -45,6 +45,6 @@ class Evaluate(Callback):
         return self.config.every > 0 and (run.step % self.config.every == 0 or run.step == run.total_steps)
 
     def _evaluate(self, run: RunState) -> None:
-        record = {"step": run.step, "tokens": run.tokens, **self.evaluate()}
+        record = {"step": run.step, "tokens": run.tokens, **self.evaluate(run)}
         run.evaluated_step = run.step
         self.listeners.evaluated(run, record)

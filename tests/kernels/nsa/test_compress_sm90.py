@@ -50,15 +50,24 @@ driver.set_active(Hopper())
 launch, JITFunction.run = JITFunction.run, compile_launch
 torch.empty, torch.Tensor.new_empty, torch.empty_like = torch.zeros, torch.Tensor.new_zeros, torch.zeros_like
 
-from sieve.kernels.nsa import compress_fwd, compress_fwd_hopper
+from sieve.kernels.nsa import compress_fwd, runs_launch, select_dq_hopper, select_hopper
 from sieve.kernels.nsa.compress_bwd import compressed_attention_bwd
 from sieve.kernels.nsa.scores_topk import select_blocks
 
 heads, kv_heads, d_qk, d_v = map(int, sys.argv[2:6])
 (q, k, v, *_), do, packing, geometry = sm90.draw(heads, kv_heads, d_qk, d_v, getattr(torch, sys.argv[6]))
 _, lse = compress_fwd.compressed_attention_fwd(q, k, v, packing, geometry, scale=0.1)
-if compress_fwd_hopper.serves(q, kv_heads, d_v, geometry):
-    compress_fwd_hopper.compressed_attention_fwd(q, k, v, packing, geometry, scale=0.1)
+o, dq, group = torch.zeros_like(do), torch.zeros_like(q), heads // kv_heads
+if runs_launch.fits(q, kv_heads, d_v, geometry):
+    for options in ({"geometry": geometry}, {"window": 512}, {"window": 512, "gated": (o, o, torch.zeros(*o.shape[:2], 3), o)}):
+        runs_launch.attend(q, k, v, packing, o, lse, scale=0.1, **options)
+        options.pop("gated", None)
+        runs_launch.attend_dq(do, q, k, v, lse, lse, packing, dq, scale=0.1, add=True, **options)
+if select_hopper.fits_shapes(q, kv_heads, d_v, 64):
+    union = select_hopper.BlockUnion(*(torch.zeros(kv_heads, 64, 1024, dtype=torch.int32) for _ in range(2)),
+        torch.zeros(kv_heads, 64, dtype=torch.int32), 64 // group)
+    select_hopper.attend_union(q, k, v, union, 64, o, lse, scale=0.1, first_token=0)
+    select_dq_hopper.union_dq(do, q, k, v, union, 64, lse, lse, dq, scale=0.1, add=True)
 compressed_attention_bwd(do, q, k, v, lse, lse, packing, geometry, scale=0.1, dq=torch.zeros_like(q))
 select_blocks(q, k, lse, packing, geometry, scale=0.1)
 '''
@@ -78,8 +87,9 @@ def compiled(*shape):
 def test_main_shape():
     kernels = compiled(64, 4, 128, 128, "bfloat16")
     assert sorted(kernels) == [
-        "compress_dkv._backward_kv", "compress_dq._backward_q", "compress_fwd._forward", "compress_fwd_hopper._forward",
-        "scores_topk._select",
+        "compress_dkv._backward_kv", "compress_dq._backward_q", "compress_fwd._forward",
+        "runs_dq_hopper.runs_backward_q", "runs_hopper.runs_forward",
+        "scores_topk._select", "select_dq_hopper._backward_q", "select_hopper._forward",
     ]
     for name, kernel in kernels.items():
         assert kernel["wgmma"] and not kernel["mma"] and not kernel["serialized"] and not kernel["stack"], (name, kernel)

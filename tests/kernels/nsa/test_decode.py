@@ -5,7 +5,8 @@ import logging
 import pytest
 import torch
 
-from sieve.kernels.nsa import api, reference
+from sieve.kernels.common import log
+from sieve.kernels.nsa import reference
 from sieve.kernels.nsa.decode import nsa_decode, resolve_impl
 from sieve.kernels.nsa.decode_reference import CHUNK
 from sieve.kernels.nsa.geometry import Geometry
@@ -173,7 +174,7 @@ def test_users_mistakes(packed):
 
 def test_what_auto_chooses(caplog, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    api._log_once.cache_clear()
+    log._log.cache_clear()
     with caplog.at_level(logging.INFO):
         assert resolve_impl("auto", torch.device("cpu"), torch.float32, 1) == "reference"
     assert "the tensors are on cpu" in caplog.text

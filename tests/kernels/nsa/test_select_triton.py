@@ -44,14 +44,14 @@ def draw(tokens, heads, kv_heads, d_qk, d_v, device, dtype=torch.float32, seed=0
     return tuple(torch.randn(s, generator=g).to(device, dtype) for s in shapes)
 
 
-def run(q, k, v, do, indices, packing, geometry, tile=None, segment=None, length=None, lists=None):
+def run(q, k, v, do, indices, packing, geometry, tile=None, length=None, lists=None):
     """o, lse, dq, dk, dv of the kernels."""
     scale = q.shape[2] ** -0.5
     o, lse = selected_attention_fwd(q, k, v, indices, packing, geometry, scale=scale, tile=tile, lists=lists)
     delta = (o.float() * do.float()).sum(-1)
     rest = do, q, k, v, indices, lse, delta, packing, geometry
     dq = selected_dq(*rest, scale=scale, tile=tile, lists=lists)
-    return o, lse, dq, *selected_dkv(*rest, scale=scale, tile=tile, segment=segment, length=length)
+    return o, lse, dq, *selected_dkv(*rest, scale=scale, tile=tile, length=length)
 
 
 def exactly(q, k, v, do, indices, packing, geometry):
@@ -131,13 +131,13 @@ def test_forty_documents(device, dense, poison):
     check(run(*inputs, indices, packing, geometry, WIDE_TILE, 40), exactly(*inputs, indices, packing, geometry), dense)
 
 
-@pytest.mark.parametrize("segment, length", [(100, 5), (100, 100), (20, 7)])
-def test_one_block_that_every_query_wants(segment, length, device, dense, poison):
+@pytest.mark.parametrize("length", [5, 100])
+def test_one_block_that_every_query_wants(length, device, dense, poison):
     packing = dense.pack([50], device)
     inputs = draw(50, 4, 1, 16, 32, device)
     geometry, indices = geometry_of(16, 2), torch.zeros(50, 1, 2, dtype=torch.int32, device=device)
     indices[:, :, 1] = -1  # not even a query's own block: the others get no gradient
-    got = run(*inputs, indices, packing, geometry, WIDE_TILE, segment, length)
+    got = run(*inputs, indices, packing, geometry, WIDE_TILE, length)
     check(got, exactly(*inputs, indices, packing, geometry), dense)
     assert not got[3][16:].any() and not got[4][16:].any()
 

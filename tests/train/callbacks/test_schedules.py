@@ -25,7 +25,7 @@ def drive(make_state, *, every_eval: int, every_save: int, total: int, start: in
     run = make_state(step=start, total_steps=total, stopping=False, **({"evaluated_step": 0} | state))
     recorder = Recorder()
     callbacks = Callbacks([
-        Evaluate(EvalConfig(every=every_eval), lambda: {"eval/loss": 1.5}, recorder),
+        Evaluate(EvalConfig(every=every_eval), lambda run: {"eval/loss": 1.5}, recorder),
         Checkpoint(CheckpointConfig(every=every_save), lambda run: Path(f"step-{run.step}"), recorder),
     ])
     callbacks.start(run)
