@@ -18,7 +18,10 @@ from sieve.data.mixture import Corpus, build_corpus
 from sieve.data.packing import Batch
 from sieve.data.phases import Phase
 from sieve.data.validation import validation_batches
-from sieve.eval.perplexity import PositionLoss, token_bytes
+from sieve.eval.examples import predictor
+from sieve.eval.load import Text
+from sieve.eval.perplexity import PositionLoss
+from sieve.eval.runner import alphabet_of, synthetic
 from sieve.model.count import dense_flops_per_token, flops_per_token
 from sieve.model.decoder import Decoder
 from sieve.model.init import initial_value, initialize
@@ -38,6 +41,7 @@ from sieve.train.engine import Engine
 from sieve.train.environment import environment
 from sieve.train.optim import adamw
 from sieve.train.phases import ropes
+from sieve.train.start import weights_of
 from sieve.train.state import RunState
 from sieve.train.zero import deepspeed_config
 
@@ -70,9 +74,15 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     facts = environment(config, place, vocab_size)
     if place.rank == 0:
         describe(config, zero, facts)
+    initial = partial(initial_value, config=config.model, seed=config.seed)
+    if config.init is not None and start is None:
+        initial = weights_of(Path(config.init), config, vocab_size)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(initial(name, parameter.shape))
     engine = Engine(
         module, adamw(module, config.optim, place.device), zero, place, clip=config.optim.clip,
-        initial=partial(initial_value, config=config.model, seed=config.seed), ropes=ropes(config.model.rope, phases),
+        initial=initial, ropes=ropes(config.model.rope, phases),
     )
     run = RunState(
         config, config.directory, place.rank, place.world_size, config.total_steps, facts["flops_per_token"]
@@ -125,11 +135,14 @@ def describe(config: RunConfig, zero: dict[str, Any], facts: dict[str, Any]) -> 
 
 def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine) -> Callable[[RunState], dict[str, float]]:
     """A function that measures the loss on the validation text of every source, in rows of the phase that the run is
-    in: always the same text, spread over the ranks.
+    in: always the same text, spread over the ranks; and then the tasks of config.eval, on every rank.
 
     ValueError already here when a text has not one row.
     """
-    bytes_of = token_bytes(corpus.tokenizer.model).to(place.device)
+    text = Text.of(corpus.tokenizer)
+    bytes_of = text.bytes_of.to(place.device)
+    alphabet = alphabet_of(text, corpus.tokenizer.vocab_size)
+    predict = predictor(engine.predict, place.device)
 
     def batches(name: str, phase: Phase) -> Iterator[Batch]:
         rows = config.eval.rows and max(1, config.eval.rows * config.phases[0].seq_len // phase.seq_len)
@@ -155,6 +168,11 @@ def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine) 
             total.sums += sum_over_ranks(part.sums)
             if len(corpus.validation) > 1:
                 found[f"eval/{name}/loss"] = part.metrics()["eval/loss"]
+        for task in config.eval.tasks:  # on every rank alike: at stage 3 all have to take part
+            found |= synthetic(
+                task, predict, text, alphabet, config.eval.needle, config.eval.recall, config.seed,
+                phase.micro_batch * phase.seq_len,
+            ).metrics
         return total.metrics() | found
 
     return evaluate

@@ -55,6 +55,11 @@ class Saved:
     def step(self) -> int:
         return self.manifest["step"]
 
+    @property
+    def phase(self) -> int:
+        """The index of the last step's phase."""
+        return self.manifest["data"]["phase"]
+
     @classmethod
     def read(cls, path: Path) -> Saved:
         """ValueError when `path` is no complete checkpoint of this format."""

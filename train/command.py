@@ -32,7 +32,7 @@ def run_command(
             return 0
         return run(config)
     except ValueError as error:
-        if not _is_for_the_user(error):
+        if not is_for_the_user(error):
             raise
         for line in str(error).splitlines():
             print(f"{program}: {line}", file=sys.stderr)
@@ -46,16 +46,23 @@ def describe_keys(usage: str, model: type[BaseModel], root: str) -> str:
     """`usage`, then every group of the YAML file `root` with its choices and every key with its default, as they are
     at this moment."""
     from sieve.train.overrides import config_groups
-    from sieve.train.schema import keys, shown
 
     lines = [usage, "Groups:"]
     lines += [f"  {group + '=':13} {' | '.join(choices)}" for group, choices in config_groups(root).items()]
-    lines += ["", "Keys, with their defaults (a group's choice may set others):"]
+    lines += ["", "Keys, with their defaults (a group's choice may set others):", *key_lines(model)]
+    return "\n".join(lines) + "\n"
+
+
+def key_lines(model: type[BaseModel]) -> list[str]:
+    """A line, or two, for each key of `model`: its default, its kind, what it is for."""
+    from sieve.train.schema import keys, shown
+
+    lines = []
     for key in keys(model):
         text = f"  {key.path}={shown(key.default)}"
         about = f"{key.kind}; {key.description}" if key.description else key.kind
         lines.append(f"{text:44} {about}" if len(text) < 44 else f"{text}\n{'':44} {about}")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def log_to_stderr(level: int) -> None:
@@ -73,7 +80,7 @@ class _Stderr(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def _is_for_the_user(error: ValueError) -> bool:
+def is_for_the_user(error: ValueError) -> bool:
     """Whether our own code raised it: then its text says all there is to know. From anything else it is a bug."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:

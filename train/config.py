@@ -37,6 +37,7 @@ class RunConfig(Config):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; bf16 keeps fp32 master weights")
     activation_checkpointing: Literal["none", "block"] = Field("none", description="block: recompute in the backward")
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
+    init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     baseline: str | None = Field(None, description="a run to compare with while training: its folder or name")
     baseline_mismatch: Literal["refuse", "mark"] = Field("refuse", description="when the baseline read other tokens")
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -107,6 +108,16 @@ class RunConfig(Config):
                 f"attention.dense_len={self.attention.dense_len} with zero.stage={self.zero.stage}: its collectives follow "
                 "the order in which a rank uses its weights, which dense and sparse calls do not share; choose zero=0 or "
                 "1, or dense_len=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> RunConfig:
+        longest, row = max(self.eval.needle.lengths), max(phase.seq_len for phase in self.phases)
+        if set(self.eval.tasks) & {"needle", "multikey", "passkey"} and longest > row:
+            raise ValueError(
+                f"eval.needle.lengths has {longest}, more than seq_len={row}, which the model never sees in training; "
+                f"give shorter ones, as in eval.needle.lengths=[{row}]"
             )
         return self
 

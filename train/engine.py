@@ -74,6 +74,14 @@ class Engine:
         self.module.train()
         return out.token_loss, packing
 
+    @torch.no_grad()
+    def predict(self, tokens: Tensor, packing: Packing, at: Tensor) -> Tensor:
+        """Next-token logits [n, vocab] at the places `at` of tokens [1, T]. Every rank calls it with the same."""
+        self.module.eval()
+        logits = self.module(tokens, None, packing, at=at)
+        self.module.train()
+        return logits
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's `loss`. They are those of the sum over micro-batches and ranks: whoever
         wants a mean divides by the count of the whole global batch."""

@@ -144,7 +144,8 @@ def test_collect_reports_health(model, attention, pack):
         out, aux = layer(x, context=Context.of(cfg, config, packing, collect=True))
     assert torch.equal(plain, out)
     assert set(aux["health"]) == {
-        "gate_cmp", "gate_slc", "gate_win", "selected_distance", "forced_share", "selection_overlap",
+        "gate_cmp", "gate_slc", "gate_win", "saturated_cmp", "saturated_slc", "saturated_win", "selected_distance",
+        "forced_share", "selection_overlap", "selection_entropy", "never_selected",
     }
     torch.testing.assert_close(aux["health"]["gate_slc"], torch.sigmoid(layer.gate(x)).view(40, 4, 3)[..., 1].mean())
 

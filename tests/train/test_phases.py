@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from sieve.data.phases import Phase
@@ -32,28 +31,6 @@ def test_a_stretched_model_keeps_what_it_was_stretched_from():
     first, second = ropes(rope, [Phase(0, 8192, 8, 1), Phase(10, 32768, 2, 1, rope_factor=8.0)])
     assert first == rope
     assert second.scaling == RopeScaling(factor=8.0, original_seq_len=4096, beta_fast=16.0)
-
-
-@pytest.fixture(scope="session")
-def mixture(tiny_text, tmp_path_factory) -> list[str]:
-    """tiny_text as one of two sources, with a phase of longer rows, fewer of them, packed by best fit, from 600 tokens
-    on: after 3 steps."""
-    folder = tmp_path_factory.mktemp("other")
-    random = np.random.default_rng(1)
-    for number, length in enumerate(random.integers(5, 300, 40)):
-        (folder / f"{number:02d}.txt").write_text(" ".join(random.choice(["ab", "cde", "fg", "hij"], size=length)) + "\n")
-    own = [text for text in tiny_text if text.startswith("data.") and "cache" not in text]
-    sources = {"letters": own[0].partition("=")[2].strip("[]'"), "pairs": str(folder)}
-    settings = ",".join(
-        f"{name}:{{type:files,paths:['{path}'],validation_fraction:0.1,weight:{weight}}}"
-        for (name, path), weight in zip(sources.items(), (0.75, 0.25))
-    )
-    phase = "{from_tokens:600,seq_len:128,global_batch:6,micro_batch:1,packing:best_fit,rope_factor:2," \
-            "weights:{letters:0.5,pairs:0.5},upsample:{100:2.0}}"
-    return [
-        *(text for text in tiny_text if text not in own and text != "data=files"), f"data.sources={{{settings}}}",
-        f"data.phases=[{phase}]", "data.name=mixture", "eval.rows=2",
-    ]
 
 
 def rows(directory: Path) -> list[dict]:

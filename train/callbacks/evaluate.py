@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from sieve.eval.config import NeedleConfig, RecallConfig, SyntheticTask
 from sieve.model.config import Config
 from sieve.train.callbacks.callback import Callback
 
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
 class EvalConfig(Config):
     every: int = Field(200, ge=0, description="steps from one evaluation to the next, and at the end; 0: never")
     rows: int | None = Field(64, gt=0, description="rows of seq_len tokens of the validation text; null: all of it")
+    tasks: tuple[SyntheticTask, ...] = Field((), description="synthetic tasks measured along with the loss")
+    needle: NeedleConfig = NeedleConfig()
+    recall: RecallConfig = RecallConfig()
 
 
 class Evaluate(Callback):
