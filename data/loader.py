@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from sieve.data.buckets import Bucket
+from sieve.data.packers import RowPlan
 from sieve.data.packing import Batch
 from sieve.data.phases import Phase
 from sieve.data.read_ahead import ReadAhead
@@ -22,7 +24,8 @@ class Step:
 
     micro_batches: this rank's, in order. state: JSON-able, where the next step begins. phase: its index. epoch: of the
     step's last token, from 0. tokens: of the whole global step, every rank's, with padding. labelled: how many of those
-    have a label, what a mean over the global batch divides by. metrics: `data/...` of the step.
+    have a label, what a mean over the global batch divides by. metrics: `data/...` of the step. rows: all of them, as they
+    were planned, each with its bucket.
     """
 
     micro_batches: list[Batch]
@@ -32,6 +35,12 @@ class Step:
     tokens: int
     labelled: int
     metrics: dict[str, float]
+    rows: list[tuple[Bucket, RowPlan]]
+
+    @property
+    def documents(self) -> list[str]:
+        """What the global step holds tokens of: SOURCE/NUMBER, the document's number in the source's store."""
+        return sorted({f"{bucket.source}/{piece[0]}" for bucket, row in self.rows for piece in row.pieces})
 
 
 class RowLoader:
@@ -82,7 +91,7 @@ class RowLoader:
         metrics = share.statistics.metrics() | self._by_source()
         return Step(
             share.micro_batches(), self._state, share.phase, share.epoch, share.statistics.positions, share.labelled,
-            metrics,
+            metrics, share.rows,
         )
 
     def close(self) -> None:

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sieve.data.buckets import Bucket
+from sieve.data.packers import RowPlan
 from sieve.data.packing import Batch, edges
 from sieve.data.rows import Statistics, fill, row_hash
 from sieve.data.stream import StepPlan, Stream
@@ -20,7 +22,8 @@ class Share:
 
     tokens, labels: int64 [rows, S] of this rank, its micro-batches one after the other; padding: bool [rows, S] or
     None; edges: cu_seqlens, int32 [N + 1], and max_seqlen of each micro-batch. plan_state: the state after the step,
-    with an old hash; hashes: of all rows, in global order. labelled: tokens of the global step with a label.
+    with an old hash; rows: what the step was read from; hashes: of all rows, in global order. labelled: tokens of the
+    global step with a label.
     """
 
     tokens: Tensor
@@ -28,6 +31,7 @@ class Share:
     padding: Tensor | None
     edges: list[tuple[np.ndarray | Tensor, int]]
     plan_state: dict[str, Any]
+    rows: list[tuple[Bucket, RowPlan]]
     hashes: list[bytes]
     phase: int
     epoch: int
@@ -77,6 +81,6 @@ def read_share(stream: Stream, plan: StepPlan, rank: int, world_size: int) -> Sh
         padding = torch.from_numpy(np.arange(phase.seq_len) >= np.array([row.tokens for row in kept])[:, None])
     cut = [edges(starts[i : i + phase.micro_batch], phase.seq_len) for i in range(0, mine, phase.micro_batch)]
     return Share(
-        torch.from_numpy(tokens), torch.from_numpy(labels), padding, cut, plan.state, hashes, plan.phase,
+        torch.from_numpy(tokens), torch.from_numpy(labels), padding, cut, plan.state, plan.rows, hashes, plan.phase,
         plan.rows[-1][1].epoch, labelled, Statistics.of([row for _, row in plan.rows], phase.seq_len),
     )

@@ -28,19 +28,25 @@ from sieve.model.init import initial_value, initialize
 from sieve.train import checkpoint
 from sieve.train.callbacks.baseline import BaselineCallback, resolve_baseline
 from sieve.train.callbacks.callback import Callback, Callbacks
+from sieve.train.callbacks.check import Parity, SelfCheck
 from sieve.train.callbacks.checkpoint import Checkpoint
 from sieve.train.callbacks.console import Console
-from sieve.train.callbacks.evaluate import Evaluate
+from sieve.train.callbacks.evaluate import Evaluate, Evaluation
 from sieve.train.callbacks.health import Health
 from sieve.train.callbacks.jsonl import Jsonl
 from sieve.train.callbacks.speed import Speed
 from sieve.train.callbacks.wandb import Wandb
+from sieve.train.callbacks.watchdog import Watchdog
 from sieve.train.config import RunConfig
-from sieve.train.distributed import Place, sum_over_ranks
+from sieve.train.distributed import Place, any_rank, sum_over_ranks
 from sieve.train.engine import Engine
 from sieve.train.environment import environment
 from sieve.train.optim import adamw
+from sieve.train.parity import check_parity
 from sieve.train.phases import ropes
+from sieve.train.saver import Saver
+from sieve.train.selfcheck import AttentionCheck
+from sieve.train.signals import StopSignal
 from sieve.train.start import weights_of
 from sieve.train.state import RunState
 from sieve.train.zero import deepspeed_config
@@ -58,7 +64,7 @@ class Training:
     callbacks: Callback
 
 
-def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Training:
+def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop: StopSignal) -> Training:
     """Read the text, make the model, load `start` if there is one, and write what describes the run into its folder.
 
     ValueError where the config asks for something that this machine or the text cannot give.
@@ -90,18 +96,22 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     if start is not None:
         checkpoint.restore(start, run, engine)
     on_cuda = place.device.type == "cuda"
-    loader = RowLoader(
-        corpus.train, phases, rank=place.rank, world_size=place.world_size, seed=config.seed, state=run.data,
+    open_loader = partial(
+        RowLoader, corpus.train, phases, rank=place.rank, world_size=place.world_size, seed=config.seed,
         workers=int(on_cuda) if config.data.workers is None else config.data.workers, prefetch=config.data.prefetch,
         pin=place.device if on_cuda else None,
     )
+    loader = resumed_loader(open_loader, run)
     needs = [(config.model, config.attention, vocab_size, phase.seq_len) for phase in phases]
     listeners = Callbacks([
+        Watchdog(config.watchdog, stop),
         Speed(
             place.device, [sum(flops_per_token(*need).values()) for need in needs],
             [sum(dense_flops_per_token(*need).values()) for need in needs],
         ),
         Health(),
+        Parity(config.check.parity_every, partial(check_parity, module)),
+        SelfCheck(config.check, AttentionCheck(module, config.check.attention_tokens)),
         *([] if baseline is None else [BaselineCallback(baseline, mismatch=config.baseline_mismatch)]),
         Jsonl(),
         Wandb(config.logger),
@@ -109,9 +119,22 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None) -> Tr
     ])
     return Training(run, engine, loader, Callbacks([
         listeners,
-        Evaluate(config.eval, evaluation(config, place, corpus, engine), listeners),
-        Checkpoint(config.checkpoint, partial(checkpoint.save, engine=engine, keep=config.checkpoint.keep), listeners),
+        Evaluate(config.eval, evaluation(config, place, corpus, engine, stop), listeners),
+        Checkpoint(config.checkpoint, Saver(config.checkpoint, engine, place), listeners),
     ]))
+
+
+def resumed_loader(open_loader: Callable[..., RowLoader], run: RunState) -> RowLoader:
+    """The loader where `run` stands; ValueError when its text is another one, which resume_mismatch=allow has it read from
+    the beginning."""
+    try:
+        return open_loader(state=run.data)
+    except ValueError as error:
+        if run.data is None or run.config.resume_mismatch == "refuse":
+            raise
+        log.warning("%s; its text is read from the beginning, as resume_mismatch=allow says", error)
+        run.data, run.tokens_before = None, run.tokens
+        return open_loader(state=None)
 
 
 def build_model(config: RunConfig, device: torch.device, vocab_size: int) -> Decoder:
@@ -133,9 +156,10 @@ def describe(config: RunConfig, zero: dict[str, Any], facts: dict[str, Any]) -> 
     _write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
 
 
-def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine) -> Callable[[RunState], dict[str, float]]:
+def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine, stop: StopSignal) -> Evaluation:
     """A function that measures the loss on the validation text of every source, in rows of the phase that the run is
-    in: always the same text, spread over the ranks; and then the tasks of config.eval, on every rank.
+    in: always the same text, spread over the ranks; and then the tasks of config.eval, on every rank. It calls what it
+    is given after each micro-batch and task, and gives up with None when the run is to stop.
 
     ValueError already here when a text has not one row.
     """
@@ -155,7 +179,11 @@ def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine) 
         for name in corpus.validation:
             batches(name, phase)
 
-    def evaluate(run: RunState) -> dict[str, float]:
+    def cut(alive: Callable[[], None]) -> bool:
+        alive()
+        return any_rank(stop.requested is not None)
+
+    def evaluate(run: RunState, alive: Callable[[], None]) -> dict[str, float] | None:
         phase, found = config.phases[run.phase], {}
         engine.enter(run.phase)
         total = PositionLoss(phase.seq_len, bytes_of)
@@ -165,6 +193,8 @@ def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine) 
                 batch = batch.to(place.device)
                 token_loss, packing = engine.evaluate(batch)
                 part.add(token_loss, batch.labels, packing.position)
+                if cut(alive):
+                    return None
             total.sums += sum_over_ranks(part.sums)
             if len(corpus.validation) > 1:
                 found[f"eval/{name}/loss"] = part.metrics()["eval/loss"]
@@ -173,6 +203,8 @@ def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine) 
                 task, predict, text, alphabet, config.eval.needle, config.eval.recall, config.seed,
                 phase.micro_batch * phase.seq_len,
             ).metrics
+            if cut(alive):
+                return None
         return total.metrics() | found
 
     return evaluate

@@ -10,9 +10,12 @@ from pydantic import Field, field_validator, model_validator
 from sieve.data.config import DataConfig, TokenizerConfig
 from sieve.data.phases import Phase, phases_of, steps_for
 from sieve.model.config import AttentionConfig, Config, LossConfig, ModelConfig
+from sieve.train.callbacks.check import CheckConfig
 from sieve.train.callbacks.checkpoint import CheckpointConfig
 from sieve.train.callbacks.evaluate import EvalConfig
 from sieve.train.callbacks.wandb import LoggerConfig
+from sieve.train.callbacks.watchdog import WatchdogConfig
+from sieve.train.guard import GuardConfig
 from sieve.train.optim import OptimConfig
 from sieve.train.schedule import ScheduleConfig, steps_of
 from sieve.train.zero import ZeroConfig
@@ -38,11 +41,15 @@ class RunConfig(Config):
     activation_checkpointing: Literal["none", "block"] = Field("none", description="block: recompute in the backward")
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
     init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
+    resume_mismatch: Literal["refuse", "allow"] = Field("refuse", description="when the checkpoint had other settings")
     baseline: str | None = Field(None, description="a run to compare with while training: its folder or name")
     baseline_mismatch: Literal["refuse", "mark"] = Field("refuse", description="when the baseline read other tokens")
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    guard: GuardConfig = GuardConfig()
+    watchdog: WatchdogConfig = WatchdogConfig()
+    check: CheckConfig = CheckConfig()
     loss: LossConfig = LossConfig()
     model: ModelConfig
     attention: AttentionConfig = AttentionConfig()

@@ -73,6 +73,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest of every rank's `values`, element by element."""
+    low, high = values.clone(), values.clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+    return low, high
+
+
 def any_rank(flag: bool) -> bool:
     """Whether `flag` is set on any rank: all get the same answer."""
     return sum_over_ranks(torch.tensor(float(flag))).item() > 0
@@ -85,6 +94,15 @@ def from_rank_0(value: Any) -> Any:
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
     return value
+
+
+def gather(value: Any) -> list[Any]:
+    """Every rank's `value` (anything that pickles), in their order, on every rank."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        values = [None] * dist.get_world_size()
+        dist.all_gather_object(values, value)
+        return values
+    return [value]
 
 
 def barrier() -> None:

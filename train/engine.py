@@ -6,11 +6,11 @@ import contextlib
 import gc
 import io
 import logging
+import math
 import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,25 +20,30 @@ from sieve.data.packing import Batch
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.config import RopeConfig
 from sieve.model.decoder import Decoder, DecoderOutput
+from sieve.train import partition
 from sieve.train.distributed import Place
+from sieve.train.partition import Piece
+from sieve.train.skip import SkippableAdamW, is_bad
 
 
 class Engine:
-    """A Decoder under ZeRO: forward, backward and update, saving and loading.
+    """A Decoder under ZeRO: forward, backward and update, and its state in pieces.
 
     module: in fp32, on any device; it moves to place.device and, in bf16, is cast there. optimizer: over its
         parameters. config: of sieve.train.zero.deepspeed_config. clip: largest gradient norm, 0 for none.
+    skipped: whether the last update was, a bool scalar on the device.
     initial: the fp32 values of the parameter of a name and shape, to which bf16 training sets its master weights.
         DeepSpeed would take them from the parameters after rounding them to bf16.
     ropes: the model's rotary embedding in each phase; none: the module's own.
     """
 
     def __init__(
-        self, module: Decoder, optimizer: torch.optim.Optimizer, config: dict[str, Any], place: Place, *,
+        self, module: Decoder, optimizer: SkippableAdamW, config: dict[str, Any], place: Place, *,
         clip: float, initial: Callable[[str, torch.Size], Tensor], ropes: Sequence[RopeConfig] = (),
     ) -> None:
-        self.module, self._ropes = module, ropes
+        self.module, self._adamw, self._ropes = module, optimizer, ropes
         self._micro_batches, self._done = config["gradient_accumulation_steps"], 0  # of a step
+        self.skipped = torch.zeros((), dtype=torch.bool, device=place.device)
         self._stage, self._clip, self._place = config["zero_optimization"]["stage"], clip, place
         deepspeed = _import_deepspeed(place)
         with _quiet():
@@ -93,29 +98,47 @@ class Engine:
         if self._done < self._micro_batches:
             self._engine.step()  # after every micro-batch, or it loses count
 
-    def update(self, lr: float) -> Tensor:
-        """One optimizer step after the last micro-batch; the gradient norm before clipping, a scalar."""
+    def update(self, lr: float, loss: Tensor | None = None, limit: float = math.inf) -> Tensor:
+        """One optimizer step after the last micro-batch, skipped when `loss` or a gradient is no finite number, or
+        `loss` is above `limit`: neither weights nor the optimizer's state are touched then.
+
+        loss: scalar, equal on all ranks; None: only gradients are looked at. Returns the gradient norm before clipping,
+        a scalar; `skipped` says what became of the step.
+        """
         if self._done != self._micro_batches:
             raise RuntimeError("update() before the last micro-batch of a global batch has had its backward()")
         self._done = 0
         for group in self._optimizer.param_groups:
             group["lr"] = lr
+        loss = torch.zeros((), device=self._place.device) if loss is None else loss
         if self._stage:
+            self._adamw.should_skip = lambda: is_bad(loss, self._norm(), limit)
+            self._engine.step()  # at stage 3 and in fp32 DeepSpeed itself skips when the norm is no number
+            norm = self._norm()
+        else:
+            norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip or float("inf"))
+            self._adamw.should_skip = lambda: is_bad(loss, norm, limit)
             self._engine.step()
-            return torch.as_tensor(self._engine.get_global_grad_norm())
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._clip or float("inf"))
-        self._engine.step()
+        self.skipped = is_bad(loss, norm, limit)
         return norm
 
-    def save(self, directory: Path) -> None:
-        """Write parameters and optimizer state into `directory`, whose parent exists; all ranks together."""
-        with _quiet():
-            self._engine.save_checkpoint(str(directory.parent), tag=directory.name, save_latest=False)
+    def _norm(self) -> Tensor:
+        return torch.as_tensor(self._optimizer._global_grad_norm, device=self._place.device)
 
-    def load(self, directory: Path) -> None:
-        """Read what `save` wrote, on as many ranks and at the same stage. Once, before the first step."""
+    def pieces(self) -> list[Piece]:
+        """What this process holds of the weights and of the optimizer's state: views, good until the next step."""
+        return partition.pieces(self._stage, self.module, self._optimizer, self._adamw)
+
+    @property
+    def replicated(self) -> bool:
+        """Whether `pieces` are the same on all ranks, else a part of the whole on each."""
+        return self._stage == 0
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Let the model compute with what has been written into `pieces`; all ranks together."""
         with _quiet():
-            self._engine.load_checkpoint(str(directory.parent), tag=directory.name)
+            partition.refresh(self._stage, self._optimizer)
 
     def close(self) -> None:
         """Let go of hooks and buffers."""

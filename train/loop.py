@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -13,16 +12,18 @@ from torch import Tensor
 from sieve.data.loader import Step
 from sieve.train import schedule
 from sieve.train.callbacks.callback import Callback
-from sieve.train.distributed import Place, any_rank, sum_over_ranks
+from sieve.train.distributed import Place, sum_over_ranks
 from sieve.train.engine import Engine
-from sieve.train.signals import StopSignal
+from sieve.train.guard import Guard
+from sieve.train.signals import SaveRequest, StopSignal
+from sieve.train.skipped import write_skipped
 from sieve.train.state import RunState
 
 log = logging.getLogger(__name__)
 
 
 class NonFiniteLoss(RuntimeError):
-    """The loss is NaN or infinite; nothing of that step has been saved."""
+    """Step after step the loss or a gradient is no finite number; the state before them is saved."""
 
 
 def train(
@@ -33,27 +34,37 @@ def train(
     The callbacks see every step, and the end also when an error ends it. Raises NonFiniteLoss.
     """
     status = "failed"
+    guard = Guard(run.config.guard, run.guard)
+    request = SaveRequest(run.directory / "save")
     callbacks.start(run)
     try:
-        while run.step < run.total_steps and not run.stopping:
+        while run.step < run.total_steps and not run.ending:
             step = next(loader)
             if step.phase != run.phase:
                 log.info("data.phases[%d] begins after step %d, %d tokens", step.phase - 1, run.step, run.tokens)
             logged = (run.step + 1) % run.config.log.every == 0 or run.step + 1 == run.total_steps
-            record = train_step(run, engine, step, place, logged)
-            run.stopping = any_rank(stop.requested is not None) and run.step < run.total_steps
+            record = train_step(run, engine, step, place, guard, logged)
+            asked = torch.tensor([float(stop.requested is not None), float(place.rank == 0 and request.take())])
+            stopping, run.save_requested = (count > 0 for count in sum_over_ranks(asked).tolist())
+            run.stopping = stopping and run.step < run.total_steps
             callbacks.step(run, record)
+            if run.failure is not None:
+                raise NonFiniteLoss(run.failure)
         status = "stopped" if run.stopping else "finished"
     finally:
         callbacks.end(run, status)
     return status
 
 
-def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: bool) -> dict | None:
+def train_step(
+    run: RunState, engine: Engine, step: Step, place: Place, guard: Guard, logged: bool
+) -> dict | None:
     """One optimizer step on a global batch; `run` stands behind it afterwards. Its record if `logged`, else None.
 
     The loss is the sum of the cross entropy over the labelled tokens of the whole global batch over their number, so
-    that it does not depend on how rows are spread over micro-batches and ranks.
+    that it does not depend on how rows are spread over micro-batches and ranks. When it, or the gradient, is no finite
+    number, or `guard` takes it for a spike, the batch is passed over: weights, optimizer and balancing stay as they
+    are. That is decided on the device; the host reads the loss and the decision together, once a step.
     """
     cross_entropy = torch.zeros((), dtype=torch.float64, device=place.device)
     load: dict[int, Tensor] = {}
@@ -68,19 +79,28 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
         for name, value in out.health.items():
             health[name].append(value)
     lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step + 1, run.total_steps)
-    norm = engine.update(lr)
+    sum_over_ranks(cross_entropy)
+    norm = engine.update(lr, cross_entropy / step.labelled, guard.limit())
     for tokens in load.values():
         sum_over_ranks(tokens)
-    engine.module.update_router_bias(load)
-    loss = sum_over_ranks(cross_entropy).item() / step.labelled
-    if not math.isfinite(loss):
-        raise NonFiniteLoss(
-            f"step {run.step + 1}: the loss is {loss}, with a gradient norm of {float(norm)} and optim.lr={lr:g}; "
-            "nothing of this step is saved. Lower optim.lr, or lengthen schedule.warmup"
-        )
+    # Equal loads move no bias: nothing is balanced in a step that is skipped.
+    engine.module.update_router_bias({layer: tokens * ~engine.skipped for layer, tokens in load.items()})
+    total, skipped = torch.stack([cross_entropy, engine.skipped]).tolist()
+    loss = total / step.labelled
+    before = run.data
     run.step += 1
-    run.tokens = step.state["tokens"]
+    run.tokens = run.tokens_before + step.state["tokens"]
     run.data = step.state
+    why = guard.judge(loss, float(norm) if skipped else 0.0, bool(skipped))
+    run.guard = guard.state
+    if why is not None:
+        write_skipped(run, step, why, loss, float(norm), before)
+    if guard.gives_up:
+        run.failure = (
+            f"steps {run.step - run.config.guard.max_in_a_row + 1} to {run.step}: the loss is {loss}, with a gradient "
+            f"norm of {float(norm)} and optim.lr={lr:g}; none of them has touched the weights, and the state is saved. "
+            "Lower optim.lr, or lengthen schedule.warmup"
+        )
     if not logged:
         return None
     run.expert_load = load
@@ -92,6 +112,7 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, logged: 
         "train/loss": loss,
         "train/grad_norm": float(norm),
         "train/lr": lr,
+        "train/skipped": guard.state["skipped"],
         "data/tokens_hash": step.state["hash"],
         "data/epoch": step.epoch,
         **step.metrics,

@@ -44,9 +44,21 @@ def parameter_groups(module: nn.Module, config: OptimConfig) -> list[dict]:
 
 
 def adamw(module: nn.Module, config: OptimConfig, device: torch.device) -> torch.optim.AdamW:
-    """torch's AdamW over `parameter_groups`, in one fused kernel on CUDA."""
-    import torch  # here and above, so that reading a config need not wait for torch
+    """torch's AdamW over `parameter_groups`, in one fused kernel on CUDA, able to skip a step: see sieve.train.skip."""
+    from sieve.train.skip import SkippableAdamW  # here and above, so that reading a config need not wait for torch
 
-    return torch.optim.AdamW(
+    return SkippableAdamW(
         parameter_groups(module, config), lr=config.lr, betas=config.betas, eps=config.eps, fused=device.type == "cuda"
     )
+
+
+def empty_state(parameter: torch.Tensor, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """AdamW's state of a parameter before its first step, as torch makes it."""
+    import torch
+
+    fused = optimizer.defaults.get("fused")
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device if fused else "cpu"),
+        "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+        "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+    }

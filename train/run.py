@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sieve.train.command import describe_keys, log_to_stderr, run_command
+from sieve.train.command import describe_keys, is_for_the_user, log_to_stderr, run_command
 
 if TYPE_CHECKING:
     from sieve.train.checkpoint import Saved
     from sieve.train.config import RunConfig
     from sieve.train.distributed import Place
+    from sieve.train.lifeline import Lifeline
+    from sieve.train.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -46,43 +48,53 @@ def _load(overrides: list[str]) -> RunConfig:
 
 def run(config: RunConfig) -> int:
     """Train as `config` says; see `main` for the exit code. ValueError for what this machine or the text rule out."""
-    from sieve.train import distributed
+    from sieve.train import checkpoint, distributed
+    from sieve.train.callbacks.watchdog import record_nccl
+    from sieve.train.lifeline import Lifeline
+    from sieve.train.signals import Stopped, StopSignal
 
     place = distributed.Place.of(config.device)
     log_to_stderr(logging.INFO if place.rank == 0 else logging.ERROR)
     _check_batch(config, place.world_size)
+    if place.device.type == "cuda":
+        record_nccl(config.directory)
     alone = _only_process(config.directory) if place.rank == 0 else contextlib.nullcontext()
-    with alone, distributed.process_group(place):
-        start = distributed.from_rank_0(_start(config, place) if place.rank == 0 else None)
-        if isinstance(start, ValueError):
-            raise start
-        if start is not None and start.step >= config.total_steps:
-            log.info(
-                "%s is complete: step %d of %d; more with steps=, another run with name=, anew with resume=never",
-                config.directory, start.step, config.total_steps,
-            )
+    with StopSignal() as stop, alone, distributed.process_group(place), Lifeline(place) as lifeline:
+        try:
+            with stop.at_once():
+                start = checkpoint.find(config.directory, config.resume, place)
+                if start is not None:
+                    checkpoint.check_fits(start, config, config.resume_mismatch)
+                    if _is_complete(start, config):
+                        log.info(
+                            "%s is complete: step %d of %d; more with steps=, another run with name=, anew with "
+                            "resume=never", config.directory, start.step, config.total_steps,
+                        )
+                        return 0
+                if place.rank == 0:
+                    checkpoint.tidy(config.directory, start)
+                distributed.barrier()
+            return _train(config, place, start, stop)
+        except Stopped as signal:
+            log.info("ended by %s; no step has been made since the last checkpoint", signal)
             return 0
-        return _train(config, place, start)
+        except Exception as error:
+            return _ended_by(error, lifeline)
 
 
-def _train(config: RunConfig, place: Place, start: Saved | None) -> int:
-    from sieve.data.rows import ReadError
+def _train(config: RunConfig, place: Place, start: Saved | None, stop: StopSignal) -> int:
     from sieve.train.build import build
-    from sieve.train.loop import NonFiniteLoss, train
-    from sieve.train.signals import StopSignal
+    from sieve.train.loop import train
 
     if place.device.type == "cuda" and config.dtype == "fp32":
         log.info("dtype=fp32 computes without TF32; dtype=bf16 is several times faster and keeps fp32 master weights")
-    training = build(config, place, start)
+    with stop.at_once():
+        training = build(config, place, start, stop)
     steps = training.run.total_steps
     if start is not None:
         log.info("going on from %s: step %d of %d", start.path, start.step, steps)
     try:
-        with StopSignal() as stop:
-            status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
-    except (NonFiniteLoss, ReadError) as error:
-        print(f"sieve train: {error}", file=sys.stderr)
-        return 1
+        status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
     finally:
         training.loader.close()
         training.engine.close()
@@ -91,19 +103,42 @@ def _train(config: RunConfig, place: Place, start: Saved | None) -> int:
     return 0
 
 
-def _start(config: RunConfig, place: Place) -> Saved | ValueError | None:
-    """Where to begin, the folder made ready for it; an error is returned, since other ranks wait for an answer."""
-    from sieve.train import checkpoint
+def _is_complete(start: Saved, config: RunConfig) -> bool:
+    """Whether nothing is left to do: all steps are made, and the last evaluation was not cut short by a signal."""
+    from sieve.train.rundir import METRICS_FILE, read_metrics
 
-    try:
-        start = checkpoint.find(config.directory, config.resume)
-        if start is not None:
-            checkpoint.check_fits(start, config, place.world_size)
-    except ValueError as error:
-        return error
-    if start is None or start.step < config.total_steps:
-        checkpoint.tidy(config.directory, start)
-    return start
+    if start.step < config.total_steps:
+        return False
+    metrics = config.directory / METRICS_FILE
+    if not config.eval.every or start.manifest["evaluated_step"] == start.step or not metrics.is_file():
+        return True
+    rows = read_metrics(metrics)
+    return bool(rows) and "eval/loss" in rows[-1]
+
+
+def _ended_by(error: Exception, lifeline: Lifeline) -> int:
+    """Say what ended the run, another rank's error before what follows from it here, and let the other ranks know. Errors
+    that are bugs, and a user's mistakes, are raised again."""
+    from sieve.data.rows import ReadError
+    from sieve.train.callbacks.checkpoint import SaveFailed
+    from sieve.train.loop import NonFiniteLoss
+    from sieve.train.parity import RanksDisagree
+
+    if isinstance(error, (NonFiniteLoss, RanksDisagree, SaveFailed)):  # on all ranks alike
+        if lifeline.place.rank == 0:
+            print(f"sieve train: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, ValueError) and is_for_the_user(error):
+        raise error
+    death = lifeline.blame()
+    if death is not None:
+        print(f"sieve train: {death}; rank {lifeline.place.rank} ends, too", file=sys.stderr)
+        return 1
+    lifeline.fail(f"{type(error).__name__}: {error}")
+    if isinstance(error, ReadError):
+        print(f"sieve train: {error}", file=sys.stderr)
+        return 1
+    raise error
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:

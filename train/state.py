@@ -18,9 +18,12 @@ from sieve.train.config import RunConfig
 class RunState:
     """Changed by the training loop alone.
 
-    step, tokens: done so far, tokens by all ranks together. model_flops: training FLOPs per token by part.
+    step, tokens: done so far, tokens by all ranks together. tokens_before: of them, those of another text that the run
+    began with, which the loader's state does not count. model_flops: training FLOPs per token by part.
     data: the loader's state after `step`. resumed_from: the step of the checkpoint that this process began with.
     evaluated_step: the last step with an evaluation. stopping: whether the run ends after this step, unfinished.
+    failure: why it cannot go on after this step, else None. save_requested: whether somebody wants a checkpoint of it.
+    guard: of sieve.train.guard, None before the first step.
     health, expert_load, router_bias: of the last logged step, see DecoderOutput; means and sums over the global batch.
     """
 
@@ -32,11 +35,15 @@ class RunState:
     model_flops: dict[str, float]
     step: int = 0
     tokens: int = 0
+    tokens_before: int = 0
     data: dict[str, Any] | None = None
     resumed_from: int | None = None
     wandb_id: str | None = None
     evaluated_step: int = 0
     stopping: bool = False
+    failure: str | None = None
+    save_requested: bool = False
+    guard: dict[str, Any] | None = None
     health: dict[str, Tensor] = field(default_factory=dict)
     expert_load: dict[int, Tensor] = field(default_factory=dict)
     router_bias: dict[int, Tensor] = field(default_factory=dict)
@@ -45,6 +52,11 @@ class RunState:
     def phase(self) -> int:
         """The index of the last step's phase."""
         return 0 if self.data is None else self.data["phase"]
+
+    @property
+    def ending(self) -> bool:
+        """Whether no step follows, although the run is not finished."""
+        return self.stopping or self.failure is not None
 
 
 def random_state() -> dict[str, Any]:

@@ -11,6 +11,14 @@ def short_count(value: float) -> str:
     return f"{value:.3g}"
 
 
+def byte_size(value: float) -> str:
+    """1234567 -> '1.23 MB'."""
+    for limit, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if value >= 0.9995 * limit:
+            return f"{value / limit:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
 def duration(seconds: float) -> str:
     """3725 -> '1h02m', 75 -> '1m15s', 8 -> '8s'."""
     minutes, rest = divmod(round(seconds), 60)

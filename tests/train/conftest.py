@@ -11,7 +11,58 @@ import pytest
 import torch
 import yaml
 
+from sieve.train import partition
+from sieve.train.callbacks.checkpoint import CheckpointConfig
 from sieve.train.distributed import Place
+from sieve.train.optim import OptimConfig, adamw
+from sieve.train.saver import Done, Saver
+from sieve.train.state import RunState
+
+ALONE = Place(0, 1, 0, torch.device("cpu"))
+
+
+class PlainEngine:
+    """A model and its optimizer as `sieve.train.engine.Engine` shows them at stage 0, without DeepSpeed."""
+
+    replicated = True
+
+    def __init__(self, seed: int = 0, width: int = 8) -> None:
+        torch.manual_seed(seed)
+        self.module = torch.nn.Sequential(torch.nn.Linear(width, 2 * width), torch.nn.BatchNorm1d(2 * width))
+        self.optimizer = adamw(self.module, OptimConfig(), torch.device("cpu"))
+
+    def train(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.module(torch.randn(5, self.module[0].in_features)).square().sum().backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+    def pieces(self) -> list[partition.Piece]:
+        return partition.pieces(0, self.module, None, self.optimizer)
+
+    def refresh(self) -> None:
+        pass
+
+
+@pytest.fixture
+def plain_engine() -> type[PlainEngine]:
+    return PlainEngine
+
+
+@pytest.fixture
+def save_at() -> Callable[..., Done]:
+    """save_at(run, *steps, engine=..., **settings of checkpoint) saves `run` at each step; the last outcome."""
+
+    def save(run: RunState, *steps: int, engine: PlainEngine | None = None, **settings: object) -> Done:
+        saver = Saver(CheckpointConfig(**{"keep": 9, **settings}), engine or PlainEngine(), ALONE)
+        for step in steps:
+            run.step, run.tokens = step, 10 * step
+            saver.begin(run)
+            done = saver.wait()
+        saver.close()
+        return done
+
+    return save
 
 
 @pytest.fixture

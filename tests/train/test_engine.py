@@ -195,3 +195,34 @@ def test_starting_compiles_nothing_and_prints_nothing(one_rank, capfd):
     assert captured.out == "" and "DeepSpeed" not in captured.err
     assert sys.modules["deepspeed.comm.torch"].build_shm_op() is None
     assert not any(name.startswith("mpi4py") for name in sys.modules)
+
+
+def state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Every weight, moment and step count that the engine holds, and what the model computes with, copied."""
+    held = {f"{p.name}/{p.start}/{kind}": t.clone() for p in engine.pieces() for kind, t in p.tensors.items()}
+    held |= {f"{p.name}/{p.start}/step": p.step.clone() for p in engine.pieces()}
+    return held | {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+
+
+@pytest.mark.parametrize(("stage", "dtype"), FP32 + BF16)
+@pytest.mark.parametrize("what", ["gradient", "infinite gradient", "loss", "spike"])
+@pytest.mark.parametrize("first", [True, False], ids=["at the first step", "later"])
+def test_a_bad_step_touches_nothing(stage, dtype, what, first, one_rank):
+    engine, clean = engine_of(one_rank, stage, dtype), engine_of(one_rank, stage, dtype)
+    before = [] if first else [0]
+    assert steps(engine, before) == steps(clean, before)
+    kept = state(engine)
+    poison = {"gradient": float("nan"), "infinite gradient": float("inf")}.get(what, 1.0)
+    for number in (20, 21):
+        out = engine.forward(batch(number))
+        engine.backward(out.loss_sum * poison)
+    loss = torch.tensor({"loss": float("nan"), "spike": 9.0}.get(what, 5.0))
+    engine.update(LR, loss, limit=8.0)
+    assert bool(engine.skipped)
+    after = state(engine)
+    assert after.keys() == kept.keys() and all(torch.equal(after[key], kept[key]) for key in kept)
+    assert steps(engine, [1, 2]) == steps(clean, [1, 2]) and not bool(engine.skipped)
+    expected = state(clean)
+    assert all(torch.equal(value, expected[key]) for key, value in state(engine).items())
+    engine.close()
+    clean.close()

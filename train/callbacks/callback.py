@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from sieve.train.saver import Done
     from sieve.train.state import RunState
 
 
@@ -23,8 +22,14 @@ class Callback:
     def evaluated(self, run: RunState, record: dict) -> None:
         """After an evaluation, which follows the step's own `step`. record: step, tokens and eval/*."""
 
-    def saved(self, run: RunState, path: Path) -> None:
-        """After a checkpoint is complete at `path`."""
+    def saving(self, run: RunState) -> None:
+        """After the state has been copied for a checkpoint, before the training goes on."""
+
+    def saved(self, run: RunState, done: Done) -> None:
+        """After a checkpoint is complete at `done.path`, which may be steps after the one it is of."""
+
+    def waiting(self, run: RunState) -> None:
+        """Again and again while an evaluation or a slow save keeps the steps from going on."""
 
     def end(self, run: RunState, status: str) -> None:
         """At the end, also of a run that fails. status: finished, stopped (by a signal) or failed."""
@@ -48,9 +53,17 @@ class Callbacks(Callback):
         for callback in self.callbacks:
             callback.evaluated(run, record)
 
-    def saved(self, run: RunState, path: Path) -> None:
+    def saving(self, run: RunState) -> None:
         for callback in self.callbacks:
-            callback.saved(run, path)
+            callback.saving(run)
+
+    def saved(self, run: RunState, done: Done) -> None:
+        for callback in self.callbacks:
+            callback.saved(run, done)
+
+    def waiting(self, run: RunState) -> None:
+        for callback in self.callbacks:
+            callback.waiting(run)
 
     def end(self, run: RunState, status: str) -> None:
         for callback in self.callbacks:

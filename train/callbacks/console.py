@@ -10,11 +10,10 @@ from rich.console import Console as Terminal
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from sieve.train.callbacks.callback import Callback
-from sieve.train.text import duration, short_count
+from sieve.train.text import byte_size, duration, short_count
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from sieve.train.saver import Done
     from sieve.train.state import RunState
 
 
@@ -69,9 +68,10 @@ class Console(Callback):
         if run.rank == 0 and "eval/loss" in record:
             self._say(f"step {run.step}/{run.total_steps}  validation loss {record['eval/loss']:.4f}")
 
-    def saved(self, run: RunState, path: Path) -> None:
+    def saved(self, run: RunState, done: Done) -> None:
         if run.rank == 0 and self.bar is None:
-            self._say(f"step {run.step}/{run.total_steps}  saved {path}")
+            took = f"{byte_size(done.size)} in {done.seconds:.2g} s, training stood still for {done.stall:.2g} s"
+            self._say(f"step {run.step}/{run.total_steps}  saved {done.path} ({took})")
 
     def end(self, run: RunState, status: str) -> None:
         if run.rank != 0:

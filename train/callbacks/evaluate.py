@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from sieve.train.state import RunState
 
 
+Evaluation = Callable[["RunState", Callable[[], None]], dict[str, float] | None]
+
+
 class EvalConfig(Config):
     every: int = Field(200, ge=0, description="steps from one evaluation to the next, and at the end; 0: never")
     rows: int | None = Field(64, gt=0, description="rows of seq_len tokens of the validation text; null: all of it")
@@ -24,13 +27,14 @@ class EvalConfig(Config):
 
 
 class Evaluate(Callback):
-    """Evaluates by `evaluate(run)`, which returns eval/* metrics, every `every` steps and at the last one.
+    """Evaluates by `evaluate(run, alive)`, which returns eval/* metrics, every `every` steps and at the last one. It calls
+    `alive()` as it goes, and returns None when it was cut short because the run is to stop.
 
     A run that is told to stop saves at once and owes an evaluation that falls on that step: it is made up for when
     the run goes on, with the same weights. Hence also `run.evaluated_step`, which the checkpoints carry.
     """
 
-    def __init__(self, config: EvalConfig, evaluate: Callable[[RunState], dict[str, float]], listeners: Callback) -> None:
+    def __init__(self, config: EvalConfig, evaluate: Evaluation, listeners: Callback) -> None:
         self.config, self.evaluate, self.listeners = config, evaluate, listeners
 
     def start(self, run: RunState) -> None:
@@ -38,13 +42,17 @@ class Evaluate(Callback):
             self._evaluate(run)
 
     def step(self, run: RunState, record: dict | None) -> None:
-        if self._due(run) and not run.stopping:
+        if self._due(run) and not run.ending:
             self._evaluate(run)
 
     def _due(self, run: RunState) -> bool:
         return self.config.every > 0 and (run.step % self.config.every == 0 or run.step == run.total_steps)
 
     def _evaluate(self, run: RunState) -> None:
-        record = {"step": run.step, "tokens": run.tokens, **self.evaluate(run)}
+        metrics = self.evaluate(run, lambda: self.listeners.waiting(run))
+        if metrics is None:
+            run.stopping = True
+            return
+        record = {"step": run.step, "tokens": run.tokens, **metrics}
         run.evaluated_step = run.step
         self.listeners.evaluated(run, record)

@@ -12,6 +12,7 @@ from sieve.train.rundir import METRICS_FILE, read_metrics
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from sieve.train.saver import Done
     from sieve.train.state import RunState
 
 
@@ -44,7 +45,7 @@ class Jsonl(Callback):
     def evaluated(self, run: RunState, record: dict) -> None:
         self._put(record)
 
-    def saved(self, run: RunState, path: Path) -> None:
+    def saved(self, run: RunState, done: Done) -> None:
         if self.file is not None:
             os.fsync(self.file)
 

@@ -12,8 +12,7 @@ from sieve.train.callbacks.callback import Callback
 from sieve.train.metrics import device_peak_flops, mfu, peak_memory_bytes
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
+    from sieve.train.saver import Done
     from sieve.train.state import RunState
 
 
@@ -62,5 +61,8 @@ class Speed(Callback):
     def evaluated(self, run: RunState, record: dict) -> None:
         self.mark = self.clock()
 
-    def saved(self, run: RunState, path: Path) -> None:
+    def saving(self, run: RunState) -> None:
+        self.mark = self.clock()
+
+    def saved(self, run: RunState, done: Done) -> None:
         self.mark = self.clock()
