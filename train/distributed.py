@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,11 +61,40 @@ def process_group(place: Place) -> Iterator[None]:
     if place.world_size == 1:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     else:
-        dist.init_process_group(backend, timeout=_TIMEOUT)
+        store, _, _ = next(dist.rendezvous("env://", place.rank, place.world_size, timeout=_TIMEOUT))
+        store = dist.PrefixStore(_agreed_token(store, place), store)
+        dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size, timeout=_TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _agreed_token(store: dist.Store, place: Place) -> str:
+    """A name that no earlier start of this job has had in `store`, the same on all ranks.
+
+    torchrun keeps its store when it starts the ranks of a job anew, and gloo's of torch 2.13 then read the addresses of
+    processes that are gone, and wait for them. Every rank asks rank 0 by a number of its own, so that no answer of an
+    earlier start can be taken for this one's.
+    """
+    if place.rank:
+        mine = secrets.token_hex(8)
+        store.set(f"sieve/hello/{place.rank}", mine)
+        token = store.get(f"sieve/welcome/{place.rank}/{mine}").decode()  # waits until it is there
+        store.set(f"sieve/heard/{token}/{place.rank}", "")
+        return token
+    token = secrets.token_hex(8)
+    waiting, until = set(range(1, place.world_size)), time.monotonic() + _TIMEOUT.total_seconds()
+    while waiting:
+        for rank in list(waiting):
+            if store.check([f"sieve/heard/{token}/{rank}"]):
+                waiting.remove(rank)
+            elif store.check([f"sieve/hello/{rank}"]):
+                store.set(f"sieve/welcome/{rank}/{store.get(f'sieve/hello/{rank}').decode()}", token)
+        if time.monotonic() > until:
+            raise TimeoutError(f"ranks {', '.join(map(str, sorted(waiting)))} have not come within {_TIMEOUT}")
+        time.sleep(0.01)
+    return token
 
 
 def sum_over_ranks(values: Tensor) -> Tensor:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +17,7 @@ import yaml
 
 from sieve.train import partition
 from sieve.train.callbacks.checkpoint import CheckpointConfig
+from sieve.train.checkpoint import checkpoints, damage
 from sieve.train.distributed import Place
 from sieve.train.optim import OptimConfig, adamw
 from sieve.train.saver import Done, Saver
@@ -161,3 +166,61 @@ def one_rank() -> Iterator[Place]:
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield place
     torch.set_num_threads(threads)
+
+
+class Trainer:
+    """Starts `sieve train` with faults (see faulty.py) in processes of their own, and reads what they leave.
+
+    settings: overrides for all of its runs.
+    """
+
+    def __init__(self, settings: list[str], folder: Path) -> None:
+        self.settings, self.folder = [*settings, f"runs_dir={folder}", "attention=full"], folder
+
+    def start(self, name: str, *settings: str, ranks: int = 1, faults: list[dict] | None = None, restarts: int = 0):
+        launcher = [sys.executable]
+        if ranks > 1:
+            launcher += [
+                "-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone", f"--max-restarts={restarts}",
+            ]
+        # Signals and kills go to the run's process group alone.
+        return subprocess.Popen(
+            [*launcher, str(Path(__file__).with_name("faulty.py")), *self.settings, *settings, f"name={name}"],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "FAULTS": json.dumps(faults or [])},
+            stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+        )
+
+    def run(self, name: str, *settings: str, timeout: float = 300, **options) -> tuple[int, str]:
+        """Exit code, and what came on stderr."""
+        process = self.start(name, *settings, **options)
+        try:
+            error = process.communicate(timeout=timeout)[1]
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun then ends its ranks, which are sessions of their own
+            error = process.communicate()[1]
+            raise AssertionError(f"{name} has not ended after {timeout} s: {error[-3000:]}") from None
+        return process.returncode, error
+
+    def rows(self, name: str) -> list[dict]:
+        """The metrics, one row a step, without what depends on the clock."""
+        lines = [json.loads(line) for line in (self.folder / name / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == sorted({line["step"] for line in lines}), "a step stands there twice"
+        return [{key: value for key, value in line.items() if not key.startswith("perf/")} for line in lines]
+
+    def steps(self, name: str) -> list[int]:
+        """Those that are saved, after a look at all their files."""
+        there = checkpoints(self.folder / name)
+        assert all(damage(path) is None for path in there.values())
+        return list(there)
+
+    def wait_for_step(self, name: str, step: int, process: subprocess.Popen, seconds: float = 120) -> None:
+        metrics, until = self.folder / name / "metrics.jsonl", time.monotonic() + seconds
+        while process.poll() is None and time.monotonic() < until:
+            if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+                return
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def trainer(tiny_text: list[str], tmp_path: Path) -> Trainer:
+    return Trainer(tiny_text, tmp_path)
