@@ -19,13 +19,18 @@ class Document:
 class Source(Protocol):
     """Documents in an order that depends on nothing but the source's settings and contents; may be iterated again.
 
-    done: the share of the current iteration that is over, 0 to 1. description: JSON-able, for a manifest.
+    done: the share of the current iteration that is over, 0 to 1. description: JSON-able, for a manifest. cursor:
+    JSON-able, where the iteration goes on behind the document that it gave last.
     """
 
     done: float
     description: dict[str, Any]
+    cursor: dict[str, int]
 
     def __iter__(self) -> Iterator[Document]: ...
+
+    def after(self, cursor: dict[str, int]) -> Iterator[Document]:
+        """The documents behind `cursor`, as they and their counts would have come without the stop; {}: all."""
 
     def sample(self, max_bytes: int) -> Iterator[Document]:
         """About `max_bytes` of text that stand for the whole; long documents may be shortened to their beginning."""

@@ -8,64 +8,46 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+
+from sieve.data.files import File, Format, LocalFile, format_of, unknown_format
+from sieve.data.remote import Remote, is_url
 
 logger = logging.getLogger(__name__)
 
-Format = Literal["text", "jsonl", "parquet"]
-
-COMPRESSION = (".zst", ".gz")
-SUFFIXES: dict[Format, tuple[str, ...]] = {
-    "jsonl": (".jsonl", ".ndjson", ".json"),
-    "parquet": (".parquet",),
-    "text": (
-        ".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".html", ".xml", ".csv", ".tsv", ".log",
-        ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".cuh", ".java", ".js", ".ts", ".go", ".rs",
-        ".rb", ".sh", ".sql", ".css", ".toml", ".yaml", ".yml", ".ini", ".cfg",
-    ),
-}
 _SHOWN = 8
 
 
-def format_of(path: Path) -> Format | None:
-    """The format that a file's name tells, or None."""
-    suffix = (path.with_suffix("") if path.suffix in COMPRESSION else path).suffix.lower()
-    for kind, suffixes in SUFFIXES.items():
-        if suffix in suffixes and not (kind == "parquet" and path.suffix in COMPRESSION):
-            return kind
-    return None
-
-
-def expand(entries: Sequence[str], forced: Format | None, key: str) -> list[tuple[Path, Format]]:
+def expand(entries: Sequence[str], forced: Format | None, key: str, remote: Remote | None = None) -> list[File]:
     """Every file of `entries` once, with its format: entries in order, a glob's or a folder's files sorted by name.
 
-    forced: the format whatever the name. key: the setting's name, for messages. A folder is searched to its bottom;
-    files in it that are hidden or of no known format are left out. Raises ValueError if an entry names nothing, or a
-    file whose format its name does not tell.
+    forced: the format whatever the name. key: the setting's name, for messages. remote: how URLs are reached. A folder
+    is searched to its bottom; files in it that are hidden or of no known format are left out. Raises ValueError if an
+    entry names nothing, or a file whose format its name does not tell.
     """
     if not entries:
         raise ValueError(f"{key} is empty; give files, folders or globs, as in {key}=texts/*.jsonl.zst")
-    found: dict[Path, tuple[Path, Format]] = {}
+    found: dict[str, File] = {}
     for entry in entries:
-        path = Path(entry).expanduser()
-        if path.is_dir():
-            files = _in_folder(path, forced, key)
-        elif path.is_file():
-            files = [path]
-        else:
-            files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-            if not files:
-                raise ValueError(f"{key}: {entry!r} {_nothing(path)}")
+        files = (remote or Remote()).expand(entry, forced, key) if is_url(entry) else _local(entry, forced, key)
         for file in files:
-            kind = forced or format_of(file)
-            if kind is None:
-                known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
-                raise ValueError(
-                    f"{key}: {file} is of no known format; known are {known}, text and JSON lines also with "
-                    f"{' or '.join(COMPRESSION)} behind; data.format=text reads any file as text"
-                )
-            found.setdefault(file.resolve(), (file, kind))
+            found.setdefault(file.key, file)
     return list(found.values())
+
+
+def _local(entry: str, forced: Format | None, key: str) -> list[File]:
+    path = Path(entry).expanduser()
+    if path.is_dir():
+        files = _in_folder(path, forced, key)
+    elif path.is_file():
+        files = [path]
+    else:
+        files = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+        if not files:
+            raise ValueError(f"{key}: {entry!r} {_nothing(path)}")
+    kinds = [forced or format_of(file) for file in files]
+    if None in kinds:
+        raise ValueError(unknown_format(str(files[kinds.index(None)]), key))
+    return [LocalFile(file, kind) for file, kind in zip(files, kinds)]
 
 
 def _in_folder(folder: Path, forced: Format | None, key: str) -> list[Path]:

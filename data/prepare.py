@@ -11,17 +11,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import sentencepiece
 
 from sieve.data.cache import cache_root, locked, staged
 from sieve.data.config import DataConfig, TokenizerConfig
 from sieve.data.document import Source
 from sieve.data.progress import Progress
+from sieve.data.shards import ShardedStore, open_shards
 from sieve.data.sources import FileSource, source_of
 from sieve.data.split import Split
 from sieve.data.store import FORMAT, StoreWriter, TokenStore
-from sieve.data.tokenizer import Tokenizer, train
+from sieve.data.tokenizer import Encoder, Tokenizer, as_documents, train
+from sieve.data.tokenizer_export import given_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +33,9 @@ MAX_THREADS = 16
 class Stores(NamedTuple):
     """What a run reads its tokens from."""
 
-    tokenizer: Tokenizer
-    train: TokenStore
-    validation: TokenStore
+    tokenizer: Encoder
+    train: TokenStore | ShardedStore
+    validation: TokenStore | ShardedStore
 
 
 def build_stores(data: DataConfig, tokenizer: TokenizerConfig) -> Stores:
@@ -43,25 +44,32 @@ def build_stores(data: DataConfig, tokenizer: TokenizerConfig) -> Stores:
     Any number of processes may call this at once: one builds, the others wait and open. A build that is killed leaves
     nothing that is taken for whole. Raises ValueError where settings name nothing usable, with what is there instead.
     """
+    if data.type == "shards":
+        return Stores(*open_shards(data, tokenizer))
     root = cache_root(data.cache_dir)
+    passes = text_passes(data)
+    trained = make_tokenizer(root, *passes[0], tokenizer)
+    if len(passes) == 1:
+        return Stores(trained, *_stores(root, *passes[0], trained, ("train", "validation"), data))
+    return Stores(trained, *(_stores(root, s, split, trained, (split.part,), data)[0] for s, split in passes))
+
+
+def text_passes(data: DataConfig) -> list[tuple[Source, Split]]:
+    """What is to be read, and how each document of it is used: one source that is split, or one for training and one
+    for validation. ValueError where settings name nothing usable, with what is there instead."""
     source = source_of(data)
-    if data.validation_paths:
-        held_out = source_of(data, "data.validation_paths")
-        _disjoint(source, held_out)
-        split = Split(None)
-        trained = _tokenizer(root, source, split, tokenizer)
-        (train_store,) = _stores(root, source, split, trained, ("train",), data)
-        (validation,) = _stores(root, held_out, Split(None, "validation"), trained, ("validation",), data)
-    else:
-        split = Split.of(source, data.validation_fraction)
-        trained = _tokenizer(root, source, split, tokenizer)
-        train_store, validation = _stores(root, source, split, trained, ("train", "validation"), data)
-    return Stores(trained, train_store, validation)
+    if not (data.validation_paths or data.validation_split):
+        return [(source, Split.of(source, data.validation_fraction))]
+    held_out = source_of(data, validation=True)
+    _disjoint(source, held_out)
+    return [(source, Split(None)), (held_out, Split(None, "validation"))]
 
 
-def _tokenizer(root: Path, source: Source, split: Split, config: TokenizerConfig) -> Tokenizer:
-    if config.path is not None:
-        return Tokenizer.load(config.path)
+def make_tokenizer(root: Path, source: Source, split: Split, config: TokenizerConfig) -> Encoder:
+    """The tokenizer that `config` names, or one trained on a sample of the source's training text, kept in `root`."""
+    given = given_tokenizer(config)
+    if given is not None:
+        return given
     parts = [part for document in source.sample(config.sample_bytes) for part in split.parts(document)]
     texts = [text for part, text in parts if part == "train"]
     if not texts:
@@ -82,7 +90,7 @@ def _tokenizer(root: Path, source: Source, split: Split, config: TokenizerConfig
 
 
 def _stores(
-    root: Path, source: Source, split: Split, tokenizer: Tokenizer, parts: tuple[str, ...], data: DataConfig
+    root: Path, source: Source, split: Split, tokenizer: Encoder, parts: tuple[str, ...], data: DataConfig
 ) -> list[TokenStore]:
     """The stores of `parts`, opened, or made in one pass over the source."""
     key = _key(str(FORMAT), source.fingerprint(), repr(split), tokenizer.hash)
@@ -110,7 +118,7 @@ def _opened(target: Path) -> TokenStore | None:
 
 
 def _tokenize(
-    source: Source, split: Split, tokenizer: Tokenizer, folders: dict[str, Path], data: DataConfig
+    source: Source, split: Split, tokenizer: Encoder, folders: dict[str, Path], data: DataConfig
 ) -> None:
     threads = data.threads or min(len(os.sched_getaffinity(0)), MAX_THREADS)
     with ExitStack() as stack:
@@ -145,22 +153,21 @@ def _tokenize(
 
 
 def _flush(
-    buffer: list[tuple[str, str]], tokenizer: Tokenizer, writers: dict[str, StoreWriter], threads: int
+    buffer: list[tuple[str, str]], tokenizer: Encoder, writers: dict[str, StoreWriter], threads: int
 ) -> None:
     """Encode the buffered (part, text) and give them to their writers; empties the buffer."""
-    encoded = tokenizer.encode([text for _, text in buffer], threads)
-    bos, eos = np.array([tokenizer.bos_id], np.int32), np.array([tokenizer.eos_id], np.int32)
+    documents = as_documents(tokenizer, [text for _, text in buffer], threads)
     for part, writer in writers.items():
-        writer.add([np.concatenate((bos, ids, eos)) for (p, _), ids in zip(buffer, encoded) if p == part])
+        writer.add([ids for (p, _), ids in zip(buffer, documents) if p == part])
     buffer.clear()
 
 
 def _disjoint(source: Source, held_out: Source) -> None:
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
-        shared = {path.resolve() for path, _ in source.files} & {path.resolve() for path, _ in held_out.files}
+        shared = {file.key for file in source.files} & {file.key for file in held_out.files}
         if shared:
             raise ValueError(
-                f"data.validation_paths and data.paths share {len(shared)} files, as {min(shared)}; a model is not "
+                f"{held_out.key} and {source.key} share {len(shared)} files, as {min(shared)}; a model is not "
                 "validated on its own training text: take them out of one"
             )
 

@@ -18,10 +18,12 @@ LOG_SECONDS = 10.0
 class Progress:
     """A context that shows documents, tokens and tokens per second on stderr; on a terminal as a bar."""
 
-    def __init__(self, label: str, *, terminal: bool | None = None):
-        """label: what is being done. terminal: None: whether stderr is one."""
-        self._label = label
-        self._documents = self._tokens = 0
+    def __init__(self, label: str, *, terminal: bool | None = None, before: int = 0, unit: str = "tokens"):
+        """label: what is being done. terminal: None: whether stderr is one. before: tokens of an earlier start, which
+        are no part of the speed. unit: what is counted; bytes are counted in files."""
+        self._label, self._before, self._unit = label, before, unit
+        self._things = "files" if unit == "bytes" else "documents"
+        self._documents, self._tokens = 0, before
         self._bar: rich.progress.Progress | None = None
         if sys.stderr.isatty() if terminal is None else terminal:
             self._bar = rich.progress.Progress(
@@ -59,5 +61,5 @@ class Progress:
             logger.info("%s: %s in %.1f s", self._label, self._counts(now), now - self._start)
 
     def _counts(self, now: float) -> str:
-        rate = self._tokens / max(now - self._start, 1e-3)
-        return f"{self._documents:,} documents, {self._tokens:,} tokens, {rate:,.0f} tokens/s"
+        rate = (self._tokens - self._before) / max(now - self._start, 1e-3)
+        return f"{self._documents:,} {self._things}, {self._tokens:,} {self._unit}, {rate:,.0f} {self._unit}/s"

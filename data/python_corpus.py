@@ -36,6 +36,7 @@ class PythonSource:
         self._roots = interpreter_roots() if roots is None else dict(roots)
         self._min_bytes, self._max_bytes = min_bytes, max_bytes
         self.done, self._undecodable, self._repeated = 0.0, 0, 0
+        self.cursor: dict[str, int] = {}
         self.description: dict[str, Any] = {
             "type": "python", "python": platform.python_version(), "roots": self._roots, "files": len(self._files),
             "min_bytes": min_bytes, "max_bytes": max_bytes,
@@ -47,6 +48,11 @@ class PythonSource:
             )
 
     def __iter__(self) -> Iterator[Document]:
+        return self.after({})
+
+    def after(self, cursor: dict[str, int]) -> Iterator[Document]:
+        """As in Source. Files before the cursor are read again, to know which later ones repeat them."""
+        passed = cursor.get("documents", 0)
         seen: set[bytes] = set()
         self._undecodable = self._repeated = taken = index = 0
         for place, (name, path, size, _) in enumerate(self._files):
@@ -65,7 +71,9 @@ class PythonSource:
             except UnicodeDecodeError:
                 self._undecodable += 1
                 continue
-            yield Document(name, text, index)
+            self.cursor = {"documents": index + 1}
+            if index >= passed:
+                yield Document(name, text, index)
             index, taken = index + 1, taken + len(data)
             if self._max_bytes is not None and taken >= self._max_bytes:
                 return

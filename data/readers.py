@@ -8,16 +8,16 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import pyarrow
 import pyarrow.parquet
 import zstandard
 
-from sieve.data.paths import Format
+from sieve.data.files import File
 
 MAX_WINDOW = 128 << 20  # bytes; the most that `zstd -d` takes unasked, enough for level 22 and --long=27
+JSON_OVERHEAD = 8  # a line may be so many times its text: escapes take up to 6 bytes for one, other fields the rest
 _BOM = b"\xef\xbb\xbf"
 _DAMAGE = (zstandard.ZstdError, EOFError, gzip.BadGzipFile, zlib.error, pyarrow.ArrowInvalid)
 
@@ -35,27 +35,27 @@ class WrongField(ValueError):
     """The text field is not among those of a file's first record."""
 
 
-def records(raw: BinaryIO, path: Path, kind: Format, field: str) -> Iterator[Record]:
-    """The records of an open file, in order. field: of the text in JSON lines and parquet.
+def records(raw: BinaryIO, file: File, field: str, *, max_bytes: int, skip: int = 0) -> Iterator[Record]:
+    """The records of an open file, in order, without its first `skip`. field: of the text in JSON lines and parquet.
 
-    Raises WrongField if the first readable record lacks `field`; ValueError if the file itself is damaged, cut short
-    or not of its format.
+    max_bytes: what needs more memory than such a document may is not read but a fault. Raises WrongField if the first
+    readable record lacks `field`; ValueError if the file itself is damaged, cut short or not of its format.
     """
     try:
-        if kind == "parquet":
-            yield from _parquet(raw, path, field)
-        elif kind == "jsonl":
-            yield from _lines(_decompressed(raw, path), path, field)
-        else:
-            yield _decoded("whole file", _decompressed(raw, path).read())
+        if file.kind == "parquet":
+            yield from _parquet(raw, file, field, skip)
+        elif file.kind == "jsonl":
+            yield from _lines(_decompressed(raw, file), file, field, max_bytes, skip)
+        elif not skip:
+            yield _whole(_decompressed(raw, file), max_bytes)
     except _DAMAGE as error:
-        raise ValueError(f"{path} cannot be read to its end, it is damaged or cut short: {error}") from error
+        raise ValueError(f"{file.location} cannot be read to its end, it is damaged or cut short: {error}") from error
 
 
-def _decompressed(raw: BinaryIO, path: Path) -> BinaryIO:
-    if path.suffix == ".zst":
+def _decompressed(raw: BinaryIO, file: File) -> BinaryIO:
+    if file.name.endswith(".zst"):
         return io.BufferedReader(_Zstd(raw), 1 << 20)
-    return gzip.GzipFile(fileobj=raw) if path.suffix == ".gz" else raw
+    return gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
 
 
 class _Zstd(io.RawIOBase):
@@ -92,27 +92,46 @@ class _Zstd(io.RawIOBase):
         return count
 
 
-def _decoded(where: str, data: bytes) -> Record:
+def _whole(stream: BinaryIO, max_bytes: int) -> Record:
+    data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        return Record("whole file", None, too_large(f"more than {max_bytes}", max_bytes))
     try:
-        return Record(where, data.removeprefix(_BOM).decode())
+        return Record("whole file", data.removeprefix(_BOM).decode())
     except UnicodeDecodeError as error:
-        return Record(where, None, f"not UTF-8 at byte {error.start}")
+        return Record("whole file", None, f"not UTF-8 at byte {error.start}")
 
 
-def _lines(stream: BinaryIO, path: Path, field: str) -> Iterator[Record]:
-    first = True
-    for number, line in enumerate(stream, 1):
+def too_large(size: int | str, max_bytes: int) -> str:
+    """The fault of a document of `size` bytes."""
+    return f"{size} bytes, and data.max_document_bytes={max_bytes}"
+
+
+def _lines(stream: BinaryIO, file: File, field: str, max_bytes: int, skip: int) -> Iterator[Record]:
+    first, number, longest = True, 0, JSON_OVERHEAD * max_bytes
+    while line := stream.readline(longest):
+        number += 1
+        where, cut = f"line {number}", len(line) == longest and not line.endswith(b"\n")
+        while cut and (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
+            pass
         line = line.removeprefix(_BOM).strip() if number == 1 else line.strip()
         if not line:
             continue
         if number == 1 and line.startswith(b"["):
-            raise ValueError(f"{path} is one JSON array, not JSON lines; `jq -c '.[]' {path.name}` makes them")
-        record = _parsed(f"line {number}", line, path, field, first)
-        first = first and record.text is None
-        yield record
+            raise ValueError(
+                f"{file.location} is one JSON array, not JSON lines; `jq -c '.[]' {file.name}` makes them"
+            )
+        if skip:
+            skip, first = skip - 1, False
+        elif cut:
+            yield Record(where, None, too_large(f"a line of more than {longest}", max_bytes))
+        else:
+            record = _parsed(where, line, file, field, first)
+            first = first and record.text is None
+            yield record
 
 
-def _parsed(where: str, line: bytes, path: Path, field: str, first: bool) -> Record:
+def _parsed(where: str, line: bytes, file: File, field: str, first: bool) -> Record:
     try:
         value = json.loads(line)
     except UnicodeDecodeError as error:
@@ -122,25 +141,29 @@ def _parsed(where: str, line: bytes, path: Path, field: str, first: bool) -> Rec
     if not isinstance(value, dict):
         return Record(where, None, f"a JSON {type(value).__name__} instead of an object")
     if field not in value and first:
-        raise WrongField(_wrong_field(path, field, {k: type(v).__name__ for k, v in value.items()}))
+        raise WrongField(_wrong_field(file, field, {k: type(v).__name__ for k, v in value.items()}))
     text = value.get(field)
     if not isinstance(text, str):
         return Record(where, None, f"{field} is {type(text).__name__ if field in value else 'absent'}, not a string")
     return Record(where, text)
 
 
-def _parquet(raw: BinaryIO, path: Path, field: str) -> Iterator[Record]:
-    file = pyarrow.parquet.ParquetFile(raw)
-    types = {column.name: column.type for column in file.schema_arrow}
+def _parquet(raw: BinaryIO, file: File, field: str, skip: int) -> Iterator[Record]:
+    table = pyarrow.parquet.ParquetFile(raw)
+    types = {column.name: column.type for column in table.schema_arrow}
     kind = types.get(field)
     if kind is not None and pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     if kind is None or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise WrongField(_wrong_field(path, field, {name: str(kind) for name, kind in types.items()}))
-    row = 0
-    for batch in file.iter_batches(batch_size=64, columns=[field]):
+        raise WrongField(_wrong_field(file, field, {name: str(kind) for name, kind in types.items()}))
+    row = group = 0
+    while group < table.num_row_groups and row + table.metadata.row_group(group).num_rows <= skip:
+        row, group = row + table.metadata.row_group(group).num_rows, group + 1
+    for batch in table.iter_batches(batch_size=64, row_groups=range(group, table.num_row_groups), columns=[field]):
         for value in batch.column(0):
             where, row = f"row {row}", row + 1
+            if row <= skip:
+                continue
             try:
                 text = value.as_py()
             except UnicodeDecodeError as error:
@@ -149,8 +172,8 @@ def _parquet(raw: BinaryIO, path: Path, field: str) -> Iterator[Record]:
             yield Record(where, text, "" if text is not None else f"{field} is null, not a string")
 
 
-def _wrong_field(path: Path, field: str, kinds: dict[str, str]) -> str:
+def _wrong_field(file: File, field: str, kinds: dict[str, str]) -> str:
     found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items()) or "nothing"
     strings = [name for name, kind in kinds.items() if kind in ("str", "string", "large_string")]
     fix = f"set data.text_field={strings[-1] if len(strings) == 1 else '<name>'}" if strings else "none is a string"
-    return f"data.text_field={field!r} is not a text in {path}; its records have {found}; {fix}"
+    return f"data.text_field={field!r} is not a text in {file.location}; its records have {found}; {fix}"

@@ -35,8 +35,8 @@ class TokenStore:
             raise ValueError(f"{self.folder} has format {self.manifest.get('format')}, this version reads {FORMAT}")
         for name in _FILES:
             self._verify(name, checksum)
-        self._tokens = np.memmap(self.folder / "tokens.bin", np.dtype(self.manifest["dtype"]), "r")
-        self._offsets = np.memmap(self.folder / "offsets.bin", np.dtype("<i8"), "r")
+        self._tokens = np.asarray(np.memmap(self.folder / "tokens.bin", np.dtype(self.manifest["dtype"]), "r"))
+        self._offsets = np.asarray(np.memmap(self.folder / "offsets.bin", np.dtype("<i8"), "r"))
         self.num_documents, self.num_tokens = len(self._offsets) - 1, len(self._tokens)
         if self._offsets[0] != 0 or self._offsets[-1] != self.num_tokens:
             raise ValueError(f"{self.folder}: offsets end at {self._offsets[-1]}, there are {self.num_tokens} tokens")

@@ -1,4 +1,4 @@
-"""SentencePiece BPE with byte fallback: every string comes back exactly, and no token is ever unknown."""
+"""SentencePiece with byte fallback: every string comes back exactly, and no token is ever unknown."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import sentencepiece
@@ -23,11 +24,39 @@ _PROBE = " a\n\tb  1\u00bd \u6f22\U0001f600 "  # what a lossy tokenizer trims, n
 TRAINING_THREADS = 2  # fixed, for the model file records it and its hash must not depend on the machine
 
 
-class Tokenizer:
+class Encoder(Protocol):
     """Strings to ids and back.
 
-    vocab_size; bos_id, eos_id, pad_id (-1 if the model has none); hash: hex, of the model file's bytes.
+    kind: how `model`, a serialized tokenizer, is read. bos_id, eos_id; pad_id is -1 if there is none. hash: hex, equal
+    for tokenizers that give equal ids.
     """
+
+    kind: str
+    model: bytes
+    vocab_size: int
+    bos_id: int
+    eos_id: int
+    pad_id: int
+    hash: str
+
+    def encode(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+        """Each text's ids, int32 [length], without bos and eos."""
+
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
+        """The text of ids; bos, eos and pad add nothing."""
+
+
+def as_documents(encoder: Encoder, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
+    """[bos] + ids + [eos] of each text, int32."""
+    bos, eos = np.array([encoder.bos_id], np.int32), np.array([encoder.eos_id], np.int32)
+    return [np.concatenate((bos, ids, eos)) for ids in encoder.encode(texts, threads)]
+
+
+class Tokenizer:
+    """The Encoder of a SentencePiece model; hash is of the model file's bytes."""
+
+    kind = "sentencepiece"
+    FILE = "tokenizer.model"
 
     def __init__(self, model: bytes, name: str = "the tokenizer"):
         """model: a serialized SentencePiece model. Raises ValueError if it is none, or has no bos or eos."""
@@ -48,15 +77,16 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: Path | str) -> Tokenizer:
-        """The tokenizer in a .model file, with a warning if it loses text. ValueError if it is none or unreadable."""
+        """The tokenizer in a .model file, or in a folder that has one of the name FILE, with a warning if it loses
+        text. ValueError if it is none or unreadable."""
+        file = Path(path).expanduser()
         try:
-            model = Path(path).expanduser().read_bytes()
+            model = (file / cls.FILE if file.is_dir() else file).read_bytes()
         except OSError as error:
-            raise ValueError(f"tokenizer.path={path} cannot be read: {error.strerror}") from error
+            hint = "; for its tokenizer.json choose tokenizer=huggingface" if (file / "tokenizer.json").exists() else ""
+            raise ValueError(f"tokenizer.path={path} cannot be read: {error.filename}: {error.strerror}{hint}") from error
         tokenizer = cls(model, f"tokenizer.path={path}")
-        (ids,) = tokenizer.encode([_PROBE])
-        if tokenizer.decode(ids) != _PROBE:
-            logger.warning("tokenizer.path=%s normalizes text or has unknown characters: decoding is not exact", path)
+        warn_if_lossy(tokenizer, path)
         return tokenizer
 
     def encode(self, texts: Sequence[str], threads: int = 1) -> list[np.ndarray]:
@@ -83,6 +113,13 @@ class Tokenizer:
         return plan
 
 
+def warn_if_lossy(tokenizer: Encoder, path: Path | str) -> None:
+    """A warning in the log if `tokenizer` does not give back every text."""
+    (ids,) = tokenizer.encode([_PROBE])
+    if tokenizer.decode(ids) != _PROBE:
+        logger.warning("tokenizer.path=%s normalizes text or has unknown characters: decoding is not exact", path)
+
+
 def cut(text: str, limit: int) -> Iterator[str]:
     """`text` in consecutive pieces of at most `limit` characters, after a newline where there is one."""
     start = 0
@@ -103,12 +140,15 @@ def train(texts: Iterable[str], config: TokenizerConfig) -> Tokenizer:
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=sentences, model_writer=model, model_type="bpe", vocab_size=config.vocab_size,
+            sentence_iterator=sentences, model_writer=model, model_type=config.type, vocab_size=config.vocab_size,
             character_coverage=config.character_coverage, byte_fallback=True, split_digits=config.split_digits,
             max_sentencepiece_length=config.max_piece_length, normalization_rule_name="identity",
             add_dummy_prefix=False, remove_extra_whitespaces=False, allow_whitespace_only_pieces=True,
             unk_id=0, bos_id=1, eos_id=2, pad_id=3, num_threads=TRAINING_THREADS,
             max_sentence_length=SAMPLE_CHARS * 4 + 1, minloglevel=2,
+            **({"control_symbols": list(config.special_tokens)} if config.special_tokens else {}),
+            # The unigram trainer ends with fewer pieces where the text has no more that are worth one.
+            **({"hard_vocab_limit": False} if config.type == "unigram" else {}),
         )
     except RuntimeError as error:
         raise ValueError(_why(str(error), config)) from error

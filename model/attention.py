@@ -5,13 +5,15 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sieve.kernels.full.api import attention
+from sieve.kernels.full.decode import cached_attention
+from sieve.model.cache import FullCache, WindowCache
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.norm import RMSNorm
 from sieve.model.rope import attention_scale, rotate
 
 # The layer's `impl` names NSA's kernels; this is what the dense kernels call the same wish.
-_IMPL = {"auto": "auto", "triton": "auto", "reference": "reference"}
+DENSE_IMPL = {"auto": "auto", "triton": "auto", "reference": "reference"}
 
 
 class Attention(nn.Module):
@@ -24,7 +26,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, config: AttentionConfig, window: int | None) -> None:
         super().__init__()
         hidden, heads, groups = model.hidden_size, model.num_heads, model.num_kv_heads
-        self.heads, self.groups, self.window, self.impl = heads, groups, window, _IMPL[config.impl]
+        self.heads, self.groups, self.window, self.impl = heads, groups, window, DENSE_IMPL[config.impl]
         self.scale = attention_scale(model.rope, model.head_dim_qk)
         self.q_proj = nn.Linear(hidden, heads * model.head_dim_qk, bias=False)
         self.k_proj = nn.Linear(hidden, groups * model.head_dim_qk, bias=False)
@@ -34,11 +36,22 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(model.head_dim_qk, model.norm_eps) if config.qk_norm else nn.Identity()
         self.output_gate = nn.Linear(hidden, heads, bias=False) if config.output_gate else None
 
-    def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, dict]:
+    def forward(
+        self, x: Tensor, *, context: Context, cache: FullCache | WindowCache | None = None
+    ) -> tuple[Tensor, dict]:
+        """With a cache, x are the tokens of context.chunk, which it takes in."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))), context.rotation)
         k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, -1))), context.rotation)
         v = self.v_proj(x).unflatten(-1, (self.groups, -1))
-        out = attention(q, k, v, context.packing, scale=self.scale, window=self.window, impl=self.impl)  # [T, H, Dv]
+        chunk = context.chunk
+        stored = None if cache is None else cache.extend(k, v, chunk)
+        if stored is None or chunk.fresh:
+            out = attention(q, k, v, context.packing, scale=self.scale, window=self.window, impl=self.impl)
+        else:
+            keys, values, position = stored
+            out = chunk.unpad(cached_attention(
+                chunk.pad(q), keys, values, chunk.query, position, scale=self.scale, window=self.window, impl=self.impl
+            ))  # [T, H, Dv]
         if self.output_gate is not None:
             out = out * self.output_gate(x).sigmoid().unsqueeze(-1)
         return self.o_proj(out.flatten(1)), {}

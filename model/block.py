@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from sieve.model.attention import Attention
+from sieve.model.cache import LayerCache
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.mlp import SwiGLU
@@ -35,11 +36,12 @@ class Block(nn.Module):
         else:
             self.mlp = SwiGLU(model.hidden_size, model.intermediate_size)
 
-    def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, dict]:
-        attended, aux = self.attention(self.attention_norm(x), context=context)
+    def forward(self, x: Tensor, *, context: Context, cache: LayerCache | None = None) -> tuple[Tensor, dict]:
+        attended, aux = self.attention(self.attention_norm(x), context=context, cache=cache)
         x = x + attended
-        out = self.mlp(self.mlp_norm(x))
         if self.routed:
-            out, routed = out
+            out, routed = self.mlp(self.mlp_norm(x), context.real)
             aux = aux | routed
+        else:
+            out = self.mlp(self.mlp_norm(x))
         return x + out, aux

@@ -107,6 +107,9 @@ class AttentionConfig(Config):
     `layers` is a pattern, repeated until it covers the model: [full, nsa] alternates; its length must divide the
     number of layers. The NSA names are those of arXiv 2502.11089's public ports: kernel_size l, kernel_stride d,
     block_size l', topk n with the forced blocks included, window_size w (also the width of `window` layers).
+
+    dense_len, as MiniCPM4 calls it: an NSA layer whose micro-batch holds no document of more than dense_len tokens is
+    a full-attention layer on the selection branch's projections, without gates; see docs/nsa.md.
     """
 
     type: AttentionType = "nsa"
@@ -125,6 +128,10 @@ class AttentionConfig(Config):
     phi_hidden: int | None = Field(None, gt=0, description="width of phi's MLP; null: twice its output's head dim")
     compressed_rope: bool = Field(True, description="rotate a compressed key at its block's first position")
     share_kv: bool = Field(False, description="one K/V projection for the three branches")
+    save_outputs: bool = Field(
+        True, description="keep the branches' outputs for the backward; false: compute them again there (Triton only)"
+    )
+    dense_len: int = Field(0, ge=0, description="full attention where no document is longer, in tokens; 0: nowhere")
 
     @field_validator("layers", mode="before")
     @classmethod

@@ -57,15 +57,18 @@ def flops_per_token(model: ModelConfig, attention: AttentionConfig, vocab: int, 
 
     What the model needs, not what an implementation spends: visible query-key pairs only (causal half, NSA's own),
     nothing recomputed; a multiply-add is 2. Left out as usual: norms, RoPE, softmax, activations, embedding look-ups.
-    Parts: projections; full and window (layers of that type); cmp, slc, win (NSA's branches); scores (NSA's sums over
-    heads and blocks, equation 9: forward only, since selection has no gradient); phi; gates (with the mixing they do);
-    mlp, shared, experts (the visited ones), router; lm_head.
+    Parts: projections; full and window (layers of that type; NSA layers are full up to dense_len tokens); cmp, slc,
+    win (NSA's branches); scores (NSA's sums over heads and blocks, equation 9: forward only, since selection has no
+    gradient); phi; gates (with the mixing they do); mlp, shared, experts (the visited ones), router; lm_head.
     """
     hidden, heads, groups = model.hidden_size, model.num_heads, model.num_kv_heads
     geometry, moe, S = attention.geometry(), model.moe, seq_len
     pair = 2 * heads * (model.head_dim_qk + model.head_dim_v)  # q k^T and p v of one query and key, all heads
     forward: Counter[str] = Counter(lm_head=2 * hidden * vocab)
     for index, kind in enumerate(attention.layer_types(model.num_layers)):
+        dense = kind == "nsa" and S <= attention.dense_len  # a full-attention layer, and without an output gate
+        if dense:
+            kind = "full"
         forward["projections"] += 2 * _projections(model, attention, kind)
         if kind == "nsa":
             forward["cmp"] += pair * compressed_pairs(S, geometry) / S
@@ -81,7 +84,7 @@ def flops_per_token(model: ModelConfig, attention: AttentionConfig, vocab: int, 
         else:
             window = geometry.window_size if kind == "window" else S
             forward[kind] += pair * window_pairs(S, window) / S
-            if attention.output_gate:
+            if attention.output_gate and not dense:
                 forward["gates"] += 2 * hidden * heads + heads * model.head_dim_v
         if moe is not None and index >= moe.first_dense_layers:
             expert = 2 * 3 * hidden * moe.expert_size

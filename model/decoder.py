@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -11,11 +11,13 @@ from torch.utils.checkpoint import checkpoint
 
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.block import Block
-from sieve.model.config import AttentionConfig, LossConfig, ModelConfig
+from sieve.model.cache import Cache
+from sieve.model.config import AttentionConfig, LossConfig, ModelConfig, RopeConfig
 from sieve.model.context import Context
 from sieve.model.head import Head
 from sieve.model.loss import IGNORE
 from sieve.model.norm import RMSNorm
+from sieve.model.rope import attention_scale
 
 Checkpointing = Literal["none", "block"]
 
@@ -71,14 +73,27 @@ class Decoder(nn.Module):
             raise ValueError(f"activation checkpointing {mode!r} is not one of {', '.join(get_args(Checkpointing))}")
         self.checkpointing = mode
 
+    def set_rope(self, rope: RopeConfig) -> None:
+        """Rotate by `rope` from now on: a longer context's YaRN, say. No parameter changes."""
+        if rope == self.config.rope:
+            return
+        self.config = self.config.model_copy(update={"rope": rope})
+        for layer in self.layers:
+            layer.attention.scale = attention_scale(rope, self.config.head_dim_qk)
+
     def forward(
-        self, tokens: Tensor, labels: Tensor, packing: Packing, *, collect: bool = False, per_token: bool = False
-    ) -> DecoderOutput:
+        self, tokens: Tensor, labels: Tensor | None, packing: Packing, *, padding: Tensor | None = None,
+        collect: bool = False, per_token: bool = False, at: Tensor | None = None,
+    ) -> DecoderOutput | Tensor:
         """tokens, labels int64 [B, S] (label -100 = none); packing lays out their B * S tokens, row after row.
 
-        collect: fill `health`. per_token: fill `token_loss`.
+        padding: bool [B, S], tokens without meaning, which the balance of experts leaves out; None: there are none.
+        collect: fill `health`. per_token: fill `token_loss`. at: instead of a loss, the next-token logits [n, vocab] at
+        the places int64 [n] among the B * S; labels play no part then.
         """
-        x, reports = self._hidden(tokens, packing, collect)
+        x, reports = self._hidden(tokens, packing, collect, padding)
+        if at is not None:
+            return self.head(x[at])
         labels = labels.flatten()
         loss, ce, token = self.head(x, labels, per_token)
         penalties = [report["aux_loss"] for report in reports if "aux_loss" in report]
@@ -97,15 +112,57 @@ class Decoder(nn.Module):
 
     def logits(self, tokens: Tensor, packing: Packing) -> Tensor:
         """Next-token logits [B, S, vocab] of tokens int64 [B, S]; in full, so for tests and short texts."""
-        x, _ = self._hidden(tokens, packing, collect=False)
-        return self.head(x).view(*tokens.shape, -1)
+        return self.head(self.hidden(tokens, packing)).view(*tokens.shape, -1)
 
-    def _hidden(self, tokens: Tensor, packing: Packing, collect: bool) -> tuple[Tensor, list[dict]]:
+    def hidden(self, tokens: Tensor, packing: Packing) -> Tensor:
+        """What the head gets: [B * S, hidden]."""
+        return self._hidden(tokens, packing, collect=False)[0]
+
+    @torch.no_grad()
+    def extend(self, tokens: Tensor, counts: Sequence[int], cache: Cache, *, every: bool = False) -> Tensor:
+        """Next-token logits of new tokens after what `cache` holds, and the tokens into it.
+
+        tokens int64 [T]: counts[b] new ones of sequence b, laid end to end, as many at a time as one likes. -> [B, vocab]
+        after each sequence's last new token (NaN for one without new tokens), or with `every` [T, vocab] after each.
+        Equal to `logits` of the whole sequences within rounding. Raises ValueError when counts do not fit the tokens or
+        the cache.
+        """
+        x = self.extend_hidden(tokens, counts, cache)
+        if every:
+            return self.head(x)
+        if max(counts) == 1 == min(counts):
+            return self.head(x)
+        last = torch.tensor(counts, device=x.device).cumsum(0) - 1
+        logits = self.head(x[last])
+        idle = [row for row, count in enumerate(counts) if not count]
+        return logits.index_fill_(0, torch.tensor(idle, device=x.device), torch.nan) if idle else logits
+
+    @torch.no_grad()
+    def extend_hidden(self, tokens: Tensor, counts: Sequence[int], cache: Cache) -> Tensor:
+        """As `extend`, but what the head would get: [T, hidden]."""
+        if sum(counts) != tokens.numel():
+            raise ValueError(f"counts={list(counts)} add up to {sum(counts)}, tokens {list(tokens.shape)} has {tokens.numel()}")
+        chunk = cache.begin(counts)
+        context = Context.of_chunk(self.config, self.attention_config, chunk)
+        x = self.embed(tokens.flatten())
+        for layer, own in zip(self.layers, cache.layers):
+            x, _ = layer(x, context=context, cache=own)
+        cache.commit(chunk, counts)
+        return self.norm(x)
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache of this model for `batch` sequences of up to `capacity` tokens, where and as its weights are."""
+        weight = self.embed.weight
+        return Cache(self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype)
+
+    def _hidden(
+        self, tokens: Tensor, packing: Packing, collect: bool, padding: Tensor | None = None
+    ) -> tuple[Tensor, list[dict]]:
         if packing.total_tokens != tokens.numel():
             raise ValueError(
                 f"packing lays out {packing.total_tokens} tokens, tokens {list(tokens.shape)} has {tokens.numel()}"
             )
-        context = Context.of(self.config, self.attention_config, packing, collect)
+        context = Context.of(self.config, self.attention_config, packing, collect, padding)
         x = self.embed(tokens.flatten())  # [T, hidden]
         again = self.checkpointing == "block" and torch.is_grad_enabled()
         reports = []

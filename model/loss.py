@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import logging
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.log import log_once
 from sieve.model.config import LossConfig
 
 IGNORE = -100
-
-logger = logging.getLogger(__name__)
 
 
 class LossSums(NamedTuple):
@@ -54,13 +51,8 @@ def resolve_impl(impl: str, device: torch.device) -> Literal["torch", "liger"]:
     if impl == "liger" and reason is not None:
         raise ValueError(f"loss.impl='liger' cannot be had: {reason}; use loss.impl='torch' or 'auto'")
     if impl == "auto":
-        _log_once("cross entropy: liger" if reason is None else f"cross entropy: torch by chunks, since {reason}")
+        log_once(__name__, "cross entropy: liger" if reason is None else f"cross entropy: torch by chunks, since {reason}")
     return "liger" if reason is None else "torch"
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

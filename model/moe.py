@@ -43,7 +43,7 @@ def group_by_expert(experts: Tensor, num_experts: int) -> Grouping:
     place = torch.arange(T * k, device=device) + shift[flat[order]]
     slot = torch.empty_like(flat).scatter_(0, order, place)
     source = torch.full((rows,), T, device=device).scatter_(0, place, order // k)
-    end[-1] = rows
+    end[-1].fill_(rows)  # an assignment would wait for the device
     return Grouping(slot.view(T, k), source, end.int())
 
 
@@ -110,7 +110,8 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Shared experts, which every token visits (one SwiGLU as wide as all of them), plus its routed ones.
 
-    x [T, hidden] -> [T, hidden] and {"load": fp32 [E]}, with {"aux_loss": fp32 scalar} when balance="aux".
+    x [T, hidden] -> [T, hidden] and {"load": fp32 [E]}, with {"aux_loss": fp32 scalar} when balance="aux". real: as
+    Router takes it.
     """
 
     def __init__(self, hidden: int, config: MoEConfig) -> None:
@@ -119,8 +120,8 @@ class MoE(nn.Module):
         self.experts = Experts(hidden, config)
         self.shared = SwiGLU(hidden, config.num_shared * config.expert_size) if config.num_shared else None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, dict]:
-        routes = self.router(x)
+    def forward(self, x: Tensor, real: Tensor | None = None) -> tuple[Tensor, dict]:
+        routes = self.router(x, real)
         out = self.experts(x, routes.experts, routes.weights)
         if self.shared is not None:
             out = out + self.shared(x)

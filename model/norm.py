@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from sieve.kernels.common.compiling import cast
+
 
 class RMSNorm(nn.Module):
     """y = x / sqrt(mean(x^2) + eps) * weight over the last dimension; computed in fp32, returned in x's dtype.
@@ -32,7 +34,7 @@ class _Normalise(torch.autograd.Function):
         mean = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.shape[-1])
         rstd = mean.add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, rstd)
-        return (wide * rstd).mul_(weight).to(x.dtype)
+        return cast((wide * rstd).mul_(weight), x.dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -42,4 +44,4 @@ class _Normalise(torch.autograd.Function):
         scaled = grad.to(unit.dtype) * weight
         along = torch.linalg.vecdot(scaled, unit).div_(x.shape[-1]).unsqueeze_(-1)
         grad_x = scaled.addcmul_(unit, along, value=-1).mul_(rstd)
-        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+        return cast(grad_x, x.dtype), cast(grad_weight, weight.dtype), None

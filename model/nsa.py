@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from sieve.kernels.full.api import attention
+from sieve.kernels.full.decode import cached_attention
 from sieve.kernels.nsa.api import nsa_attention
+from sieve.kernels.nsa.decode import nsa_decode
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import CompressedSlots
 from sieve.kernels.nsa.phi import PhiWeights, compress
+from sieve.model.attention import DENSE_IMPL
+from sieve.model.cache import NSACache
+from sieve.model.chunk import Chunk
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
-from sieve.model.health import nsa_health
+from sieve.model.health import nsa_health, unknown_health
 from sieve.model.norm import RMSNorm
 from sieve.model.rope import attention_scale, rotate
 
@@ -40,13 +47,31 @@ class Phi(nn.Module):
         return compress(x, slots, self.geometry, PhiWeights(self.kind, position=position, w_in=w_in, w_out=w_out))
 
 
+class _WithIdle(torch.autograd.Function):
+    """x, and zero gradients for parameters that have no part in it: ranks whose documents differ in length then reduce
+    the same tensors, and an optimizer sees the same parameters every step."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *idle: Tensor) -> Tensor:
+        ctx.shapes = [(p.shape, p.dtype, p.device) for p in idle]
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad, *(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.shapes)
+
+
 class NSA(nn.Module):
     """Compression, selection and window branches, mixed by a sigmoid gate per head and token.
 
-    x [T, hidden] -> [T, hidden] and, when the context collects, {"health": six scalars of sieve.model.health}.
+    x [T, hidden] -> [T, hidden] and, when the context collects, {"health": the scalars of sieve.model.health}.
     The selection branch's keys and values are `k_proj` and `v_proj`, the names they have in full attention, so that a
     twin starts from the same weights; with share_kv the other branches read them too. phi sees keys before RoPE (and
     before QK-norm, which is applied to its result); a compressed key is rotated at its block's first token.
+
+    Where all documents are within dense_len, the layer is Attention of the same q, k, v and output projections: exactly
+    that of its full-attention twin. Gates, phi and the other branches then get zero gradients, and health is NaN. With a
+    cache that holds while all its sequences, new tokens included, are within dense_len.
     """
 
     def __init__(self, model: ModelConfig, config: AttentionConfig) -> None:
@@ -54,7 +79,9 @@ class NSA(nn.Module):
         hidden, heads, groups = model.hidden_size, model.num_heads, model.num_kv_heads
         dim_qk, dim_v = model.head_dim_qk, model.head_dim_v
         self.heads, self.groups, self.impl, self.share_kv = heads, groups, config.impl, config.share_kv
+        self.save_outputs = config.save_outputs
         self.geometry: Geometry = config.geometry()
+        self.operator: Callable[..., tuple[Tensor, Tensor]] | None = None  # what sieve.model.switches puts here
         self.scale = attention_scale(model.rope, dim_qk)
         self.q_proj = nn.Linear(hidden, heads * dim_qk, bias=False)
         self.k_proj = nn.Linear(hidden, groups * dim_qk, bias=False)
@@ -75,27 +102,70 @@ class NSA(nn.Module):
         if not self.share_kv:
             self.k_win_norm = norm()
 
-    def forward(self, x: Tensor, *, context: Context) -> tuple[Tensor, dict]:
+    def forward(self, x: Tensor, *, context: Context, cache: NSACache | None = None) -> tuple[Tensor, dict]:
+        """With a cache, x are the tokens of context.chunk, which it takes in."""
         q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))), context.rotation)
         k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))
         k_slc = rotate(self.k_norm(k), context.rotation)
+        if context.dense and cache is None:
+            return self._dense(q, k_slc, v, context)
         if self.share_kv:
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
         else:
             k_cmp, v_cmp = self._split(self.k_cmp_proj(x)), self._split(self.v_cmp_proj(x))
             k_win = rotate(self.k_win_norm(self._split(self.k_win_proj(x))), context.rotation)
             v_win = self._split(self.v_win_proj(x))
+        chunk = context.chunk
+        if cache is not None:
+            cache.append(k_slc, v, chunk)
+            k_cmp, v_cmp = cache.raw(k_cmp, v_cmp, chunk)
         k_cmp = self.k_cmp_norm(self.k_phi(k_cmp, context.slots))  # [C, Hkv, Dqk]
         if context.slot_rotation is not None:
             k_cmp = rotate(k_cmp, context.slot_rotation)
         v_cmp = self.v_phi(v_cmp, context.slots)
         gates = self.gate(x).sigmoid().unflatten(-1, (self.heads, 3))
-        out, indices = nsa_attention(
+        if cache is not None:
+            cache.compressed(k_cmp, v_cmp, chunk)
+            if context.dense:  # all is stored nevertheless, for when the sequences have grown
+                cache.roll(k_win, v_win, chunk)
+                return self.o_proj(self._decode_dense(q, k_slc, v, context, cache).flatten(1)), {}
+            if not chunk.fresh:
+                return self.o_proj(self._decode(q, k_win, v_win, gates, chunk, cache).flatten(1)), {}
+            cache.roll(k_win, v_win, chunk)
+        out, indices = (self.operator or nsa_attention)(
             q, k_cmp, v_cmp, k_slc, v, k_win, v_win, gates, context.packing, self.geometry,
-            scale=self.scale, impl=self.impl,
+            scale=self.scale, impl=self.impl, save_outputs=self.save_outputs,
         )
         aux = {"health": nsa_health(gates, indices, context.packing, self.geometry)} if context.collect else {}
         return self.o_proj(out.flatten(1)), aux
+
+    def _decode(
+        self, q: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, chunk: Chunk, cache: NSACache
+    ) -> Tensor:
+        """Of new tokens whose selection keys and compressed blocks the cache has already: [T, H, Dv]."""
+        keys, values, position = cache.window(k_win, v_win, chunk)
+        out, _ = nsa_decode(
+            chunk.pad(q), cache["k_cmp"], cache["v_cmp"], cache["k_slc"], cache["v_slc"], keys, values,
+            chunk.pad(gates), chunk.query, position, chunk.longest, self.geometry, scale=self.scale,
+            impl="reference" if self.impl == "reference" else "auto",
+        )
+        return chunk.unpad(out)
+
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, dict]:
+        out = attention(q, k, v, context.packing, scale=self.scale, impl=DENSE_IMPL[self.impl])
+        busy = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
+        idle = [p for name, p in self.named_parameters() if not name.startswith(busy)]
+        aux = {"health": unknown_health(q.device)} if context.collect else {}
+        return self.o_proj(_WithIdle.apply(out.flatten(1), *idle)), aux
+
+    def _decode_dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: NSACache) -> Tensor:
+        """As `_dense`, of new tokens whose selection keys the cache has already: [T, H, Dv]."""
+        chunk, impl = context.chunk, DENSE_IMPL[self.impl]
+        if chunk.fresh:
+            return attention(q, k, v, context.packing, scale=self.scale, impl=impl)
+        keys, values, position = cache.all(chunk)
+        out = cached_attention(chunk.pad(q), keys, values, chunk.query, position, scale=self.scale, impl=impl)
+        return chunk.unpad(out)
 
     def _split(self, x: Tensor) -> Tensor:
         """[T, Hkv * D] -> [T, Hkv, D]."""

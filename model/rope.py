@@ -10,6 +10,7 @@ import math
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.compiling import cast
 from sieve.model.config import RopeConfig, RopeScaling
 
 
@@ -77,8 +78,10 @@ class _Rotate(torch.autograd.Function):
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, direction: int) -> Tensor:
     """Each product is fp32, as cos and sin are; the result is rounded to x's dtype as it is written."""
     first, second = x.chunk(2, -1)
+    halves = (first * cos, second, sin, -direction), (second * cos, first, sin, direction)
+    if torch.compiler.is_compiling():  # a graph takes no view as out=, and fuses this into one pass itself
+        return cast(torch.cat([torch.addcmul(a, b, c, value=sign) for a, b, c, sign in halves], -1), x.dtype)
     out = torch.empty_like(x)
-    half = x.shape[-1] // 2
-    torch.addcmul(first * cos, second, sin, value=-direction, out=out[..., :half])
-    torch.addcmul(second * cos, first, sin, value=direction, out=out[..., half:])
+    for part, (a, b, c, sign) in zip(out.chunk(2, -1), halves):
+        torch.addcmul(a, b, c, value=sign, out=part)
     return out

@@ -45,7 +45,8 @@ class Router(nn.Module):
             self.bias = kept.to(self.bias.device)
         return self
 
-    def forward(self, x: Tensor) -> Routes:
+    def forward(self, x: Tensor, real: Tensor | None = None) -> Routes:
+        """real: bool [T], the tokens that count for load and balance, all of them if None."""
         config = self.config
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x.float(), self.weight.float())  # [T, E]
@@ -57,11 +58,13 @@ class Router(nn.Module):
         if config.normalize_top_k:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         ones = torch.ones((), dtype=torch.int64, device=x.device).expand(experts.numel())
+        if real is not None:
+            ones = real.long()[:, None].expand_as(experts).flatten()
         load = torch.zeros(config.num_experts, dtype=torch.int64, device=x.device)
         load = load.scatter_add_(0, experts.flatten(), ones).float()
-        return Routes(experts, weights * config.routed_scale, load, self._aux_loss(scores, load))
+        return Routes(experts, weights * config.routed_scale, load, self._aux_loss(scores, load, real))
 
-    def _aux_loss(self, scores: Tensor, load: Tensor) -> Tensor | None:
+    def _aux_loss(self, scores: Tensor, load: Tensor, real: Tensor | None) -> Tensor | None:
         """aux_coef * E * sum of (share of the routes) * (mean normalised score): 1 * aux_coef when balanced.
 
         arXiv 2101.03961, equation 4, over all tokens of the micro-batch.
@@ -69,7 +72,8 @@ class Router(nn.Module):
         if self.config.balance != "aux":
             return None
         share = scores if self.config.score == "softmax" else scores / scores.sum(-1, keepdim=True)
-        return self.config.aux_coef * self.config.num_experts * (load / load.sum() * share.mean(0)).sum()
+        mean = share.mean(0) if real is None else (share * real[:, None]).sum(0) / real.sum().clamp(min=1)
+        return self.config.aux_coef * self.config.num_experts * (load / load.sum().clamp(min=1) * mean).sum()
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:

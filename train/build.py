@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,9 +13,16 @@ from typing import Any
 import torch
 import yaml
 
-from sieve.data.loader import RowLoader, validation_batches
-from sieve.data.prepare import Stores, build_stores
-from sieve.eval.perplexity import PositionLoss, token_bytes
+from sieve.data.loader import RowLoader
+from sieve.data.mixture import Corpus, build_corpus
+from sieve.data.packing import Batch
+from sieve.data.phases import Phase
+from sieve.data.validation import validation_batches
+from sieve.eval.examples import predictor
+from sieve.eval.load import Text
+from sieve.eval.perplexity import PositionLoss
+from sieve.eval.runner import alphabet_of, synthetic
+from sieve.model.count import dense_flops_per_token, flops_per_token
 from sieve.model.decoder import Decoder
 from sieve.model.init import initial_value, initialize
 from sieve.train import checkpoint
@@ -24,7 +31,7 @@ from sieve.train.callbacks.callback import Callback, Callbacks
 from sieve.train.callbacks.check import Parity, SelfCheck
 from sieve.train.callbacks.checkpoint import Checkpoint
 from sieve.train.callbacks.console import Console
-from sieve.train.callbacks.evaluate import Evaluate
+from sieve.train.callbacks.evaluate import Evaluate, Evaluation
 from sieve.train.callbacks.health import Health
 from sieve.train.callbacks.jsonl import Jsonl
 from sieve.train.callbacks.speed import Speed
@@ -36,9 +43,11 @@ from sieve.train.engine import Engine
 from sieve.train.environment import environment
 from sieve.train.optim import adamw
 from sieve.train.parity import check_parity
+from sieve.train.phases import ropes
 from sieve.train.saver import Saver
 from sieve.train.selfcheck import AttentionCheck
 from sieve.train.signals import StopSignal
+from sieve.train.start import weights_of
 from sieve.train.state import RunState
 from sieve.train.zero import deepspeed_config
 
@@ -61,33 +70,45 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     ValueError where the config asks for something that this machine or the text cannot give.
     """
     baseline = None if config.baseline is None else resolve_baseline(config.baseline, config.runs_dir, config.directory)
-    stores = build_stores(config.data, config.tokenizer)
-    module = build_model(config, place.device, stores.tokenizer.vocab_size)
+    corpus = build_corpus(config.data, config.tokenizer)
+    vocab_size, phases = corpus.tokenizer.vocab_size, config.phases
+    module = build_model(config, place.device, vocab_size)
     zero = deepspeed_config(
-        config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=config.global_batch,
-        micro_batch=config.micro_batch, world_size=place.world_size,
+        config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=phases[0].global_batch,
+        micro_batch=phases[0].micro_batch, world_size=place.world_size,
     )
-    facts = environment(config, place, stores.tokenizer.vocab_size)
+    facts = environment(config, place, vocab_size)
     if place.rank == 0:
         describe(config, zero, facts)
+    initial = partial(initial_value, config=config.model, seed=config.seed)
+    if config.init is not None and start is None:
+        initial = weights_of(Path(config.init), config, vocab_size)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.copy_(initial(name, parameter.shape))
     engine = Engine(
         module, adamw(module, config.optim, place.device), zero, place, clip=config.optim.clip,
-        initial=partial(initial_value, config=config.model, seed=config.seed),
+        initial=initial, ropes=ropes(config.model.rope, phases),
     )
     run = RunState(
         config, config.directory, place.rank, place.world_size, config.total_steps, facts["flops_per_token"]
     )
     if start is not None:
         checkpoint.restore(start, run, engine)
+    on_cuda = place.device.type == "cuda"
     open_loader = partial(
-        RowLoader,
-        stores.train, seq_len=config.seq_len, global_batch=config.global_batch, micro_batch=config.micro_batch,
-        rank=place.rank, world_size=place.world_size, seed=config.seed,
+        RowLoader, corpus.train, phases, rank=place.rank, world_size=place.world_size, seed=config.seed,
+        workers=int(on_cuda) if config.data.workers is None else config.data.workers, prefetch=config.data.prefetch,
+        pin=place.device if on_cuda else None,
     )
     loader = resumed_loader(open_loader, run)
+    needs = [(config.model, config.attention, vocab_size, phase.seq_len) for phase in phases]
     listeners = Callbacks([
         Watchdog(config.watchdog, stop),
-        Speed(place.device, sum(facts["flops_per_token"].values()), facts["dense_flops_per_token"]),
+        Speed(
+            place.device, [sum(flops_per_token(*need).values()) for need in needs],
+            [sum(dense_flops_per_token(*need).values()) for need in needs],
+        ),
         Health(),
         Parity(config.check.parity_every, partial(check_parity, module)),
         SelfCheck(config.check, AttentionCheck(module, config.check.attention_tokens)),
@@ -98,7 +119,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     ])
     return Training(run, engine, loader, Callbacks([
         listeners,
-        Evaluate(config.eval, evaluation(config, place, stores, engine, stop), listeners),
+        Evaluate(config.eval, evaluation(config, place, corpus, engine, stop), listeners),
         Checkpoint(config.checkpoint, Saver(config.checkpoint, engine, place), listeners),
     ]))
 
@@ -135,31 +156,56 @@ def describe(config: RunConfig, zero: dict[str, Any], facts: dict[str, Any]) -> 
     _write(folder / "environment.json", json.dumps(facts, indent=1) + "\n")
 
 
-def evaluation(config: RunConfig, place: Place, stores: Stores, engine: Engine, stop: StopSignal) -> Any:
-    """A function that measures the loss on the validation text: always the same rows, spread over the ranks. It calls
-    what it is given after each micro-batch, and gives up with None when the run is to stop.
+def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine, stop: StopSignal) -> Evaluation:
+    """A function that measures the loss on the validation text of every source, in rows of the phase that the run is
+    in: always the same text, spread over the ranks; and then the tasks of config.eval, on every rank. It calls what it
+    is given after each micro-batch and task, and gives up with None when the run is to stop.
 
-    ValueError already here when that text has not one row.
+    ValueError already here when a text has not one row.
     """
-    bytes_of = token_bytes(stores.tokenizer.model).to(place.device)
-    batches = partial(
-        validation_batches, stores.validation, config.seq_len, config.micro_batch, config.eval.rows,
-        rank=place.rank, world_size=place.world_size,
-    )
-    if config.eval.every:
-        batches()
+    text = Text.of(corpus.tokenizer)
+    bytes_of = text.bytes_of.to(place.device)
+    alphabet = alphabet_of(text, corpus.tokenizer.vocab_size)
+    predict = predictor(engine.predict, place.device)
 
-    def evaluate(alive: Callable[[], None]) -> dict[str, float] | None:
-        total = PositionLoss(config.seq_len, bytes_of)
-        for batch in batches():
-            batch = batch.to(place.device)
-            token_loss, packing = engine.evaluate(batch)
-            total.add(token_loss, batch.labels, packing.position)
-            alive()
-            if any_rank(stop.requested is not None):
+    def batches(name: str, phase: Phase) -> Iterator[Batch]:
+        rows = config.eval.rows and max(1, config.eval.rows * config.phases[0].seq_len // phase.seq_len)
+        return validation_batches(
+            corpus.validation[name], phase.seq_len, phase.micro_batch, rows, rank=place.rank,
+            world_size=place.world_size, source=name if len(corpus.validation) > 1 else "",
+        )
+
+    for phase in config.phases if config.eval.every else ():
+        for name in corpus.validation:
+            batches(name, phase)
+
+    def cut(alive: Callable[[], None]) -> bool:
+        alive()
+        return any_rank(stop.requested is not None)
+
+    def evaluate(run: RunState, alive: Callable[[], None]) -> dict[str, float] | None:
+        phase, found = config.phases[run.phase], {}
+        engine.enter(run.phase)
+        total = PositionLoss(phase.seq_len, bytes_of)
+        for name in corpus.validation:
+            part = PositionLoss(phase.seq_len, bytes_of)
+            for batch in batches(name, phase):
+                batch = batch.to(place.device)
+                token_loss, packing = engine.evaluate(batch)
+                part.add(token_loss, batch.labels, packing.position)
+                if cut(alive):
+                    return None
+            total.sums += sum_over_ranks(part.sums)
+            if len(corpus.validation) > 1:
+                found[f"eval/{name}/loss"] = part.metrics()["eval/loss"]
+        for task in config.eval.tasks:  # on every rank alike: at stage 3 all have to take part
+            found |= synthetic(
+                task, predict, text, alphabet, config.eval.needle, config.eval.recall, config.seed,
+                phase.micro_batch * phase.seq_len,
+            ).metrics
+            if cut(alive):
                 return None
-        sum_over_ranks(total.sums)
-        return total.metrics()
+        return total.metrics() | found
 
     return evaluate
 

@@ -44,7 +44,9 @@ _DECISIVE = (
     "seq_len", "global_batch", "seed", "dtype",
 )
 _INDIFFERENT = {
-    "model.name", "data.name", "tokenizer.name", "attention.impl", "data.cache_dir", "data.threads", "data.max_broken",
+    "model.name", "data.name", "tokenizer.name", "attention.impl", "attention.save_outputs",
+    "data.cache_dir", "data.threads", "data.max_broken", "data.workers", "data.prefetch",
+    "data.storage_options", "data.retries", "data.timeout", "data.verify",
 }
 
 
@@ -63,6 +65,11 @@ class Saved:
     @property
     def step(self) -> int:
         return self.manifest["step"]
+
+    @property
+    def phase(self) -> int:
+        """The index of the last step's phase."""
+        return self.manifest["data"]["phase"]
 
     @classmethod
     def read(cls, path: Path) -> Saved:
@@ -190,7 +197,7 @@ def check_fits(saved: Saved, config: RunConfig, mismatch: Literal["refuse", "all
     found = {
         key: values
         for key, values in differences(flatten(saved.manifest["config"]), flatten(config.dump())).items()
-        if key.startswith(_DECISIVE) and key not in _INDIFFERENT
+        if key.startswith(_DECISIVE) and re.sub(r"^data\.sources\.[^.]+", "data", key) not in _INDIFFERENT
     }
     if not found:
         return

@@ -12,8 +12,12 @@ COMMANDS = {
     "train": ("sieve.train.run", "pretrain a model"),
     "twin": ("sieve.train.twin", "train with full attention, then with NSA, and compare"),
     "compare": ("sieve.train.compare", "compare two runs: table, plot, HTML report"),
+    "generate": ("sieve.train.generate", "continue a text with a trained model"),
+    "eval": ("sieve.train.evaluate", "measure a trained model: loss, needle, recall, NSA's health, lm-eval"),
+    "tokenizer": ("sieve.scripts.train_tokenizer", "train a tokenizer, measure it, export it to transformers"),
+    "prepare": ("sieve.scripts.prepare_data", "tokenize text into shards to train from"),
     "export": ("sieve.train.export", "write a checkpoint's weights in transformers' layout"),
-    "bench": ("sieve.scripts.bench_attention", "measure the attention kernels"),
+    "bench": ("sieve.scripts.bench.command", "measure attention kernels, reading or preparing data"),
 }
 
 

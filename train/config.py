@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from sieve.data.config import DataConfig, TokenizerConfig
+from sieve.data.phases import Phase, phases_of, steps_for
 from sieve.model.config import AttentionConfig, Config, LossConfig, ModelConfig
 from sieve.train.callbacks.check import CheckConfig
 from sieve.train.callbacks.checkpoint import CheckpointConfig
@@ -40,6 +40,7 @@ class RunConfig(Config):
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; bf16 keeps fp32 master weights")
     activation_checkpointing: Literal["none", "block"] = Field("none", description="block: recompute in the backward")
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
+    init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     resume_mismatch: Literal["refuse", "allow"] = Field("refuse", description="when the checkpoint had other settings")
     baseline: str | None = Field(None, description="a run to compare with while training: its folder or name")
     baseline_mismatch: Literal["refuse", "mark"] = Field("refuse", description="when the baseline read other tokens")
@@ -81,12 +82,13 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _batch_multiplies_up(self) -> RunConfig:
-        if self.global_batch % self.micro_batch:
-            allowed = [n for n in range(1, self.global_batch + 1) if self.global_batch % n == 0]
-            raise ValueError(
-                f"global_batch={self.global_batch} is not divisible by micro_batch={self.micro_batch}; "
-                f"micro_batch may be one of {', '.join(map(str, allowed))}"
-            )
+        for where, phase in self._named_phases():
+            if phase.global_batch % phase.micro_batch:
+                allowed = [n for n in range(1, phase.global_batch + 1) if phase.global_batch % n == 0]
+                raise ValueError(
+                    f"{where}global_batch={phase.global_batch} is not divisible by micro_batch={phase.micro_batch}; "
+                    f"micro_batch may be one of {', '.join(map(str, allowed))}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -101,10 +103,28 @@ class RunConfig(Config):
     @model_validator(mode="after")
     def _attention_fits(self) -> RunConfig:
         types = self.attention.layer_types(self.model.num_layers)
-        if "nsa" in types and self.seq_len < self.attention.kernel_size:
+        for where, phase in self._named_phases():
+            if "nsa" in types and phase.seq_len < self.attention.kernel_size:
+                raise ValueError(
+                    f"{where}seq_len={phase.seq_len} is less than attention.kernel_size={self.attention.kernel_size}, so "
+                    f"no row has a compressed block; choose seq_len >= {self.attention.kernel_size}, or a smaller "
+                    "kernel_size"
+                )
+        if "nsa" in types and self.attention.dense_len and self.zero.stage > 1:
             raise ValueError(
-                f"seq_len={self.seq_len} is less than attention.kernel_size={self.attention.kernel_size}, so no row "
-                f"has a compressed block; choose seq_len >= {self.attention.kernel_size}, or a smaller kernel_size"
+                f"attention.dense_len={self.attention.dense_len} with zero.stage={self.zero.stage}: its collectives follow "
+                "the order in which a rank uses its weights, which dense and sparse calls do not share; choose zero=0 or "
+                "1, or dense_len=0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_fit(self) -> RunConfig:
+        longest, row = max(self.eval.needle.lengths), max(phase.seq_len for phase in self.phases)
+        if set(self.eval.tasks) & {"needle", "multikey", "passkey"} and longest > row:
+            raise ValueError(
+                f"eval.needle.lengths has {longest}, more than seq_len={row}, which the model never sees in training; "
+                f"give shorter ones, as in eval.needle.lengths=[{row}]"
             )
         return self
 
@@ -133,14 +153,21 @@ class RunConfig(Config):
         return Path(self.runs_dir) / str(self.name)
 
     @property
-    def tokens_per_step(self) -> int:
-        return self.global_batch * self.seq_len
+    def phases(self) -> tuple[Phase, ...]:
+        """What the run reads when: with its own sizes from the start, then as data.phases says."""
+        return phases_of(
+            self.data, seq_len=self.seq_len, global_batch=self.global_batch, micro_batch=self.micro_batch
+        )
+
+    def _named_phases(self) -> list[tuple[str, Phase]]:
+        """The phases, each with what stands before its keys."""
+        return [(f"data.phases[{i - 1}]." if i else "", phase) for i, phase in enumerate(self.phases)]
 
     @property
     def total_steps(self) -> int:
         """The run's length: `steps`, else as many as `tokens` take, else 1000."""
         if self.tokens is not None:
-            return math.ceil(self.tokens / self.tokens_per_step)
+            return steps_for(self.phases, self.tokens)
         return self.steps if self.steps is not None else 1000
 
     def dump(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sieve.data.packing import Batch
 from sieve.kernels.nsa.layout import Packing
+from sieve.model.config import RopeConfig
 from sieve.model.decoder import Decoder, DecoderOutput
 from sieve.train import partition
 from sieve.train.distributed import Place
@@ -33,13 +34,15 @@ class Engine:
     skipped: whether the last update was, a bool scalar on the device.
     initial: the fp32 values of the parameter of a name and shape, to which bf16 training sets its master weights.
         DeepSpeed would take them from the parameters after rounding them to bf16.
+    ropes: the model's rotary embedding in each phase; none: the module's own.
     """
 
     def __init__(
         self, module: Decoder, optimizer: SkippableAdamW, config: dict[str, Any], place: Place, *,
-        clip: float, initial: Callable[[str, torch.Size], Tensor],
+        clip: float, initial: Callable[[str, torch.Size], Tensor], ropes: Sequence[RopeConfig] = (),
     ) -> None:
-        self.module, self._adamw = module, optimizer
+        self.module, self._adamw, self._ropes = module, optimizer, ropes
+        self._micro_batches, self._done = config["gradient_accumulation_steps"], 0  # of a step
         self.skipped = torch.zeros((), dtype=torch.bool, device=place.device)
         self._stage, self._clip, self._place = config["zero_optimization"]["stage"], clip, place
         deepspeed = _import_deepspeed(place)
@@ -55,10 +58,17 @@ class Engine:
             shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
             safe_set_full_fp32_param(parameter, initial(name, shape).to(self._place.device))
 
+    def enter(self, phase: int, micro_batches: int | None = None) -> None:
+        """What follows belongs to `phase`; micro_batches: how many this rank's next step has."""
+        if self._ropes:
+            self.module.set_rope(self._ropes[phase])
+        if micro_batches is not None:
+            self._micro_batches = micro_batches
+
     def forward(self, batch: Batch, *, collect: bool = False) -> DecoderOutput:
         """The training forward of a batch on place.device. Every rank has to call it as often as the others."""
         packing = Packing.of(batch.cu_seqlens, batch.tokens.numel(), batch.max_seqlen)
-        return self._engine(batch.tokens, batch.labels, packing, collect=collect)
+        return self._engine(batch.tokens, batch.labels, packing, padding=batch.padding, collect=collect)
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[Tensor, Packing]:
@@ -69,12 +79,23 @@ class Engine:
         self.module.train()
         return out.token_loss, packing
 
+    @torch.no_grad()
+    def predict(self, tokens: Tensor, packing: Packing, at: Tensor) -> Tensor:
+        """Next-token logits [n, vocab] at the places `at` of tokens [1, T]. Every rank calls it with the same."""
+        self.module.eval()
+        logits = self.module(tokens, None, packing, at=at)
+        self.module.train()
+        return logits
+
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's `loss`. They are those of the sum over micro-batches and ranks: whoever
         wants a mean divides by the count of the whole global batch."""
+        self._done += 1
+        # Told explicitly, for DeepSpeed's own count goes wrong where steps have other numbers of micro-batches.
+        self._engine.set_gradient_accumulation_boundary(self._done == self._micro_batches)
         # DeepSpeed averages over ranks, and over micro-batches unless told not to.
         self._engine.backward(loss * self._place.world_size, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
+        if self._done < self._micro_batches:
             self._engine.step()  # after every micro-batch, or it loses count
 
     def update(self, lr: float, loss: Tensor | None = None, limit: float = math.inf) -> Tensor:
@@ -84,8 +105,9 @@ class Engine:
         loss: scalar, equal on all ranks; None: only gradients are looked at. Returns the gradient norm before clipping,
         a scalar; `skipped` says what became of the step.
         """
-        if not self._engine.is_gradient_accumulation_boundary():
+        if self._done != self._micro_batches:
             raise RuntimeError("update() before the last micro-batch of a global batch has had its backward()")
+        self._done = 0
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self._place.device) if loss is None else loss

@@ -26,7 +26,7 @@ _MAX_DIFF = 1_000_000  # characters
 def environment(config: RunConfig, place: Place, vocab_size: int) -> dict[str, Any]:
     """JSON-able: command, versions, hardware, git commit and uncommitted changes; the model's parameters, and its
     training FLOPs per token (by part, and as one number with full attention instead)."""
-    model, attention = config.model, config.attention
+    model, attention, seq_len = config.model, config.attention, config.phases[0].seq_len
     count = count_parameters(model, attention, vocab_size)
     gpu = torch.cuda.get_device_name(place.device) if place.device.type == "cuda" else None
     return {
@@ -44,8 +44,8 @@ def environment(config: RunConfig, place: Place, vocab_size: int) -> dict[str, A
         "git": git_state(Path(__file__).resolve().parent),
         "vocab_size": vocab_size,
         "parameters": {"total": count.total, "active": count.active, "by_part": count.by_part},
-        "flops_per_token": flops_per_token(model, attention, vocab_size, config.seq_len),
-        "dense_flops_per_token": sum(dense_flops_per_token(model, attention, vocab_size, config.seq_len).values()),
+        "flops_per_token": flops_per_token(model, attention, vocab_size, seq_len),
+        "dense_flops_per_token": sum(dense_flops_per_token(model, attention, vocab_size, seq_len).values()),
     }
 
 

@@ -40,6 +40,8 @@ def train(
     try:
         while run.step < run.total_steps and not run.ending:
             step = next(loader)
+            if step.phase != run.phase:
+                log.info("data.phases[%d] begins after step %d, %d tokens", step.phase - 1, run.step, run.tokens)
             logged = (run.step + 1) % run.config.log.every == 0 or run.step + 1 == run.total_steps
             record = train_step(run, engine, step, place, guard, logged)
             asked = torch.tensor([float(stop.requested is not None), float(place.rank == 0 and request.take())])
@@ -67,6 +69,7 @@ def train_step(
     cross_entropy = torch.zeros((), dtype=torch.float64, device=place.device)
     load: dict[int, Tensor] = {}
     health: defaultdict[str, list[Tensor]] = defaultdict(list)
+    engine.enter(step.phase, len(step.micro_batches))
     for batch in step.micro_batches:
         out = engine.forward(batch.to(place.device), collect=logged)
         engine.backward(out.loss_sum / step.labelled)
@@ -102,9 +105,7 @@ def train_step(
         return None
     run.expert_load = load
     run.router_bias = {layer: engine.module.layers[layer].mlp.router.bias for layer in load}
-    run.health = {
-        name: sum_over_ranks(torch.stack(values).mean().float()) / place.world_size for name, values in health.items()
-    }
+    run.health = {name: _mean_of_known(values) for name, values in health.items()}
     return {
         "step": run.step,
         "tokens": run.tokens,
@@ -114,4 +115,12 @@ def train_step(
         "train/skipped": guard.state["skipped"],
         "data/tokens_hash": step.state["hash"],
         "data/epoch": step.epoch,
+        **step.metrics,
     }
+
+
+def _mean_of_known(values: list[Tensor]) -> Tensor:
+    """Over the micro-batches of all ranks, those left out that are NaN: see sieve.model.health.unknown_health."""
+    found = torch.stack(values).float()
+    total, count = sum_over_ranks(torch.stack([found.nansum(), (~found.isnan()).sum().float()]))
+    return total / count

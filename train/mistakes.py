@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sieve.train.schema import closest_key, keys, shown, submodel, unknown_keys
+from sieve.train.schema import closest_key, item_model, keys, shown, submodel, unknown_keys
 
 
 class ConfigError(ValueError):
@@ -64,14 +64,21 @@ def _path(loc: tuple[int | str, ...], model: type[BaseModel], tree: Any) -> tupl
     model that stands there, if it is a whole part."""
     names: list[str] = []
     part: type[BaseModel] | None = model
+    items: type[BaseModel] | None = None  # what the items of the list or dict that was entered last are
     for item in loc:
         if part is not None and item in part.model_fields:
             names.append(str(item))
-            part = submodel(part.model_fields[item].annotation)
+            annotation = part.model_fields[item].annotation
+            part, items = submodel(annotation), item_model(annotation)
             tree = tree.get(item) if isinstance(tree, dict) else None
         elif isinstance(item, int) and isinstance(tree, (list, tuple)):
             names[-1] += f"[{item}]"
             tree = tree[item] if item < len(tree) else None
+            part, items = items, None
+        elif part is None and isinstance(tree, dict) and item in tree:
+            names.append(str(item))
+            tree = tree[item]
+            part, items = items, None
     return ".".join(names), part if not names or isinstance(tree, dict) else None
 
 

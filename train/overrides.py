@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from sieve.train.config import RunConfig
 from sieve.train.mistakes import ConfigError, check_keys, explain
@@ -21,24 +22,36 @@ from sieve.train.schema import shown
 
 _CONFIGS = "sieve.configs"
 
+C = TypeVar("C", bound=BaseModel)
+
 
 def load_config(overrides: Sequence[str] = ()) -> RunConfig:
     """The run that `overrides`, in Hydra's syntax, describe. ConfigError, fit to be shown, for any mistake in them."""
-    tree = compose_tree(overrides)
-    check_keys(RunConfig, tree)
+    return load(RunConfig, "config", overrides, RunConfig.of)
+
+
+def load(
+    model: type[C], root: str, overrides: Sequence[str], make: Callable[[dict[str, Any]], C] | None = None
+) -> C:
+    """The settings of `model` that the YAML file `root` and `overrides` describe; make: its own way from a dict.
+
+    ConfigError, fit to be shown, for any mistake in them.
+    """
+    tree = compose_tree(overrides, root)
+    check_keys(model, tree)
     try:
-        return RunConfig.of(tree)
+        return (make or model.model_validate)(tree)
     except ValidationError as error:
-        raise explain(error, RunConfig, tree) from error
+        raise explain(error, model, tree) from error
 
 
-def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
-    """What Hydra makes of the YAML files and the overrides: plain, resolved, not yet checked against RunConfig."""
-    groups = config_groups()
+def compose_tree(overrides: Sequence[str], root: str = "config") -> dict[str, Any]:
+    """What Hydra makes of the YAML files and the overrides: plain, resolved, not yet checked against a model."""
+    groups = config_groups(root)
     normal = [_normal(text, groups) for text in overrides]
     try:
         with initialize_config_module(_CONFIGS, version_base="1.3"):
-            composed = compose("config", overrides=normal)
+            composed = compose(root, overrides=normal)
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except InterpolationResolutionError as error:
         raise ConfigError(
@@ -49,12 +62,14 @@ def compose_tree(overrides: Sequence[str]) -> dict[str, Any]:
     return {str(key): value for key, value in tree.items()}
 
 
-def config_groups() -> dict[str, list[str]]:
-    """The groups of configs and their choices, by the files that are there."""
+def config_groups(root: str = "config") -> dict[str, list[str]]:
+    """The groups in the defaults of the YAML file `root` and their choices, by the files that are there."""
+    configs = resources.files(_CONFIGS)
+    defaults = yaml.safe_load((configs / f"{root}.yaml").read_text())["defaults"]
+    names = sorted(name for entry in defaults if isinstance(entry, dict) for name in entry)
     return {
-        folder.name: sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-        for folder in sorted(resources.files(_CONFIGS).iterdir(), key=lambda entry: entry.name)
-        if folder.is_dir() and not folder.name.startswith("_")
+        name: sorted(f.name.removesuffix(".yaml") for f in (configs / name).iterdir() if f.name.endswith(".yaml"))
+        for name in names
     }
 
 
@@ -68,12 +83,14 @@ def _normal(text: str, groups: dict[str, list[str]]) -> str:
         raise ConfigError(f"{text}: Hydra itself takes no settings here; its output folder and logging are not used")
     if override.is_delete():
         return text
-    if key == "experiment" and value is None:
+    if key == "experiment" and key in groups and value is None:
         return "~experiment"
     raw = text.split("=", 1)[1]
     if key == "attention" and isinstance(value, list):
         return f"++attention.layers={raw}"
     if key not in groups:
+        if (resources.files(_CONFIGS) / key).is_dir():
+            raise ConfigError(f"{text}: this command has no such group; there are {', '.join(groups)}")
         return f"++{key}={raw}"
     choice = shown(value)
     if choice not in groups[key]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sieve.train.command import describe_keys, is_for_the_user, log_to_stderr, run_command
+
 if TYPE_CHECKING:
     from sieve.train.checkpoint import Saved
     from sieve.train.config import RunConfig
@@ -33,30 +35,15 @@ Pretrain a decoder. The same command goes on where the run was stopped. Under to
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command: 0 when the run is finished or stopped by a signal, 2 for a user's mistake, 1 for a failed run."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(), end="")
-        return 0
-    try:
-        show, overrides = _split(arguments)
-        from sieve.train.overrides import load_config
+    return run_command(
+        "sieve train", sys.argv[1:] if argv is None else argv, load=_load, run=run, help_text=help_text
+    )
 
-        config = load_config(overrides)
-        if show:
-            import yaml
 
-            print(yaml.safe_dump(config.dump(), sort_keys=False), end="")
-            return 0
-        return run(config)
-    except ValueError as error:
-        if not _is_for_the_user(error):
-            raise
-        for line in str(error).splitlines():
-            print(f"sieve train: {line}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sieve train: interrupted before the first step", file=sys.stderr)
-        return 130
+def _load(overrides: list[str]) -> RunConfig:
+    from sieve.train.overrides import load_config
+
+    return load_config(overrides)
 
 
 def run(config: RunConfig) -> int:
@@ -67,7 +54,7 @@ def run(config: RunConfig) -> int:
     from sieve.train.signals import Stopped, StopSignal
 
     place = distributed.Place.of(config.device)
-    _log_to_stderr(logging.INFO if place.rank == 0 else logging.ERROR)
+    log_to_stderr(logging.INFO if place.rank == 0 else logging.ERROR)
     _check_batch(config, place.world_size)
     if place.device.type == "cuda":
         record_nccl(config.directory)
@@ -109,6 +96,7 @@ def _train(config: RunConfig, place: Place, start: Saved | None, stop: StopSigna
     try:
         status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
     finally:
+        training.loader.close()
         training.engine.close()
     if status == "stopped":
         log.info("stopped at step %d of %d and saved; the same command goes on from there", training.run.step, steps)
@@ -131,6 +119,7 @@ def _is_complete(start: Saved, config: RunConfig) -> bool:
 def _ended_by(error: Exception, lifeline: Lifeline) -> int:
     """Say what ended the run, another rank's error before what follows from it here, and let the other ranks know. Errors
     that are bugs, and a user's mistakes, are raised again."""
+    from sieve.data.rows import ReadError
     from sieve.train.callbacks.checkpoint import SaveFailed
     from sieve.train.loop import NonFiniteLoss
     from sieve.train.parity import RanksDisagree
@@ -139,31 +128,27 @@ def _ended_by(error: Exception, lifeline: Lifeline) -> int:
         if lifeline.place.rank == 0:
             print(f"sieve train: {error}", file=sys.stderr)
         return 1
-    if isinstance(error, ValueError) and _is_for_the_user(error):
+    if isinstance(error, ValueError) and is_for_the_user(error):
         raise error
     death = lifeline.blame()
     if death is not None:
         print(f"sieve train: {death}; rank {lifeline.place.rank} ends, too", file=sys.stderr)
         return 1
     lifeline.fail(f"{type(error).__name__}: {error}")
+    if isinstance(error, ReadError):
+        print(f"sieve train: {error}", file=sys.stderr)
+        return 1
     raise error
 
 
 def _check_batch(config: RunConfig, world_size: int) -> None:
-    group = config.micro_batch * world_size
-    if config.global_batch % group:
-        raise ValueError(
-            f"global_batch={config.global_batch} is not divisible by micro_batch={config.micro_batch} times "
-            f"{world_size} processes; choose a multiple of {group}, or a smaller micro_batch"
-        )
-
-
-def _is_for_the_user(error: ValueError) -> bool:
-    """Whether our own code raised it: then its text says all there is to know. From anything else it is a bug."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("sieve.")
+    for phase in config.phases:
+        group = phase.micro_batch * world_size
+        if phase.global_batch % group:
+            raise ValueError(
+                f"global_batch={phase.global_batch} is not divisible by micro_batch={phase.micro_batch} times "
+                f"{world_size} processes; choose a multiple of {group}, or a smaller micro_batch"
+            )
 
 
 @contextlib.contextmanager
@@ -182,42 +167,8 @@ def _only_process(directory: Path) -> Iterator[None]:
         yield
 
 
-class _Stderr(logging.Handler):
-    """Plain lines on whatever sys.stderr is at the time: a progress bar replaces it to stay below them."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
-
-
-def _log_to_stderr(level: int) -> None:
-    logger = logging.getLogger("sieve")
-    logger.setLevel(level)
-    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
-        logger.addHandler(_Stderr())
-
-
-def _split(arguments: Sequence[str]) -> tuple[bool, list[str]]:
-    """Whether --cfg job is given, and the rest. ValueError for another --cfg."""
-    rest = list(arguments)
-    if "--cfg" not in rest:
-        return False, rest
-    at = rest.index("--cfg")
-    if rest[at + 1 : at + 2] != ["job"]:
-        raise ValueError(f"--cfg {' '.join(rest[at + 1 : at + 2])}: only --cfg job is there")
-    return True, rest[:at] + rest[at + 2 :]
-
-
 def help_text() -> str:
     """Usage, then every group with its choices and every key with its default, as they are at this moment."""
     from sieve.train.config import RunConfig
-    from sieve.train.overrides import config_groups
-    from sieve.train.schema import keys, shown
 
-    lines = [USAGE, "Groups:"]
-    lines += [f"  {group + '=':13} {' | '.join(choices)}" for group, choices in config_groups().items()]
-    lines += ["", "Keys, with their defaults (a group's choice may set others):"]
-    for key in keys(RunConfig):
-        text = f"  {key.path}={shown(key.default)}"
-        about = f"{key.kind}; {key.description}" if key.description else key.kind
-        lines.append(f"{text:44} {about}" if len(text) < 44 else f"{text}\n{'':44} {about}")
-    return "\n".join(lines) + "\n"
+    return describe_keys(USAGE, RunConfig, "config")

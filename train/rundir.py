@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,11 +36,15 @@ def read_metrics(path: Path) -> list[Row]:
 
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """{'data': {'type': 'files'}} -> {'data.type': 'files'}; lists stay whole."""
+    """{'data': {'type': 'files', 'phases': [{'from_tokens': 0}]}} -> {'data.type': 'files',
+    'data.phases[0].from_tokens': 0}; lists of anything but mappings stay whole."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, Sequence) and value and all(isinstance(item, Mapping) for item in value):
+            for i, item in enumerate(value):
+                flat.update(flatten(item, f"{prefix}{key}[{i}]."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat

@@ -41,6 +41,13 @@ def submodel(annotation: Any) -> type[BaseModel] | None:
     return next((part for part in found if part is not None), None)
 
 
+def item_model(annotation: Any) -> type[BaseModel] | None:
+    """The model that the items of a list, or the values of a dict, of this type hold; None if they hold none."""
+    if get_origin(annotation) in (tuple, list, dict):
+        return next((part for part in map(submodel, get_args(annotation)) if part is not None), None)
+    return None
+
+
 def unknown_keys(model: type[BaseModel] | None, tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of `tree`, with their values, that `model` (None: nothing) and its parts do not have."""
     for name, value in tree.items():

@@ -7,7 +7,6 @@ import logging
 from typing import Any
 
 from sieve.data.loader import Step
-from sieve.train.distributed import gather
 from sieve.train.state import RunState
 
 log = logging.getLogger(__name__)
@@ -17,13 +16,13 @@ _SHOWN = 8  # documents in the log's line; the file has all
 
 
 def write_skipped(run: RunState, step: Step, why: str, loss: float, norm: float, before: dict[str, Any] | None) -> None:
-    """Log the step that `run` has just passed over, and append it to the run's file. All ranks together.
+    """Log the step that `run` has just passed over, and append it to the run's file.
 
     why: loss, gradient or spike. before: the loader's state that makes this batch again.
     """
-    documents = sorted({name for rank in gather(_documents(step)) for name in rank})
     if run.rank != 0:
         return
+    documents = step.documents
     row = {
         "step": run.step, "why": why, "loss": loss, "grad_norm": norm, "documents": documents, "data": before,
         "tokens_hash": step.state.get("hash"),
@@ -40,7 +39,3 @@ def write_skipped(run: RunState, step: Step, why: str, loss: float, norm: float,
     except OSError as error:
         log.warning("%s cannot be written: %s", run.directory / SKIPPED_FILE, error.strerror)
 
-
-def _documents(step: Step) -> list[str]:
-    """The ids of the documents in this rank's part of the batch, where the loader tells them."""
-    return [str(name) for name in getattr(step, "documents", ())]

@@ -49,6 +49,11 @@ class RunState:
     router_bias: dict[int, Tensor] = field(default_factory=dict)
 
     @property
+    def phase(self) -> int:
+        """The index of the last step's phase."""
+        return 0 if self.data is None else self.data["phase"]
+
+    @property
     def ending(self) -> bool:
         """Whether no step follows, although the run is not finished."""
         return self.stopping or self.failure is not None

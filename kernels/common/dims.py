@@ -10,10 +10,13 @@ A Triton tile needs power-of-two sides. A kernel takes D0 and D1 as constexprs, 
 
 from __future__ import annotations
 
+import functools
+
 # Below 16 elements tl.dot has no tile; above 256 an accumulator of 64 rows no longer fits into registers.
 SMALLEST, LARGEST = 16, 256
 
 
+@functools.cache  # every launch asks
 def split_dim(d: int) -> tuple[int, int]:
     """(d0, d1) with d = d0 + d1, both powers of two of at least 16, d1 < d0, or d1 = 0 if d is a power of two.
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Literal
 
 from torch import Tensor
 
+from sieve.kernels.common.log import log_once
 from sieve.kernels.full.reference import causal_attention
 from sieve.kernels.full.sdpa import sdpa_attention
 from sieve.kernels.full.varlen import varlen_attention, why_not_varlen
@@ -15,13 +14,6 @@ from sieve.kernels.nsa.layout import Packing
 
 Impl = Literal["auto", "varlen", "sdpa", "reference"]
 IMPLS = ("auto", "varlen", "sdpa", "reference")
-
-logger = logging.getLogger(__name__)
-
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
 
 
 def resolve_impl(impl: Impl, q: Tensor, v: Tensor, window: int | None) -> Literal["varlen", "sdpa", "reference"]:
@@ -39,12 +31,12 @@ def resolve_impl(impl: Impl, q: Tensor, v: Tensor, window: int | None) -> Litera
         return "varlen"
     what = "full attention" if window is None else "window attention"
     if reason is None:
-        _log_once(f"{what}: varlen (FlashAttention over cu_seqlens), on {q.device.type} in {q.dtype}")
+        log_once(__name__, f"{what}: varlen (FlashAttention over cu_seqlens), on {q.device.type} in {q.dtype}")
         return "varlen"
     if q.device.type == "cpu" or window is None:
-        _log_once(f"{what}: sdpa by document, since varlen cannot be had: {reason}")
+        log_once(__name__, f"{what}: sdpa by document, since varlen cannot be had: {reason}")
         return "sdpa"
-    _log_once(f"{what}: reference (plain PyTorch), since varlen cannot be had: {reason}")
+    log_once(__name__, f"{what}: reference (plain PyTorch), since varlen cannot be had: {reason}")
     return "reference"
 
 

@@ -10,11 +10,9 @@ from sieve.kernels.common.dense import attend, compute_dtype
 from sieve.kernels.common.documents import Documents
 from sieve.kernels.nsa.layout import Packing
 
-CHUNK = 128  # queries whose dense scores are held at once
-
 
 def causal_attention(
-    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k: Tensor, v: Tensor, packing: Packing, window: int | None, *, scale: float, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Each query attends to the keys of its document up to its own, the last `window` of them if given.
 

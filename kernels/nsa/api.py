@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import importlib
 import importlib.util
-import logging
 import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.compiling import constant
+from sieve.kernels.common.log import log_once
 from sieve.kernels.nsa import reference, sdpa
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
@@ -21,14 +20,8 @@ IMPLS = ("auto", "triton", "sdpa", "reference")
 TRITON_MODULE = "sieve.kernels.nsa.triton_ops"
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-logger = logging.getLogger(__name__)
 
-
-@functools.cache
-def _log_once(message: str) -> None:
-    logger.info(message)
-
-
+@constant
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot serve tensors of this device and dtype; None when they can."""
     if dtype not in TRITON_DTYPES:
@@ -53,7 +46,7 @@ def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Litera
     if impl in ("reference", "sdpa"):
         return impl
     if impl == "auto" and device.type != "cuda":
-        _log_once(f"nsa attention: sdpa (plain PyTorch), since the tensors are on {device.type}")
+        log_once(__name__, f"nsa attention: sdpa (plain PyTorch), since the tensors are on {device.type}")
         return "sdpa"
     reason = _why_not_triton(device, dtype)
     if impl == "triton":
@@ -61,9 +54,9 @@ def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Litera
             raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='reference' or 'auto'")
         return "triton"
     if reason is not None:
-        _log_once(f"nsa attention: reference (plain PyTorch), since triton cannot be had: {reason}")
+        log_once(__name__, f"nsa attention: reference (plain PyTorch), since triton cannot be had: {reason}")
         return "reference"
-    _log_once(f"nsa attention: triton, on {device.type} in {dtype}")
+    log_once(__name__, f"nsa attention: triton, on {device.type} in {dtype}")
     return "triton"
 
 
@@ -101,7 +94,7 @@ def _check(
 
 def nsa_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    packing: Packing, geometry: Geometry, *, scale: float, impl: Impl = "auto",
+    packing: Packing, geometry: Geometry, *, scale: float, impl: Impl = "auto", save_outputs: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Native Sparse Attention over packed documents (arXiv 2502.11089, equations 5 to 12).
 
@@ -109,6 +102,8 @@ def nsa_attention(
     k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv]: compressed blocks (phi applied, keys rotated) in the C = T // kernel_stride
         slots of CompressedSlots. k_slc, k_win [T, Hkv, Dqk], rotated; v_slc, v_win [T, Hkv, Dv].
     gates [T, H, 3] in (0, 1): compression, selection, window. scale: usually Dqk ** -0.5.
+    save_outputs: keep the three branches' outputs, 3 * T * H * Dv elements, for the backward; without it the Triton
+        kernels compute them again there, with bit-equal gradients. The other implementations keep what autograd keeps.
     Returns out [T, H, Dv] in q's dtype, and int32 [T, Hkv, topk], the selection blocks each query read: numbers within
     the document, ascending, -1 past the last. Gradients are exact but for the selection, which has none.
     Raises ValueError on shapes, dtypes or devices that do not fit together, and on an impl that cannot be had.
@@ -119,5 +114,7 @@ def nsa_attention(
     if chosen == "sdpa":
         return sdpa.nsa_attention(*args, scale=scale)
     if chosen == "triton":
-        return importlib.import_module(TRITON_MODULE).nsa_attention(*args, scale=scale)
+        from sieve.kernels.nsa import triton_ops  # needs the package triton
+
+        return triton_ops.nsa_attention(*args, scale=scale, save_outputs=save_outputs)
     return reference.nsa_attention(*args, scale=scale)

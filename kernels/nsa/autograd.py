@@ -76,7 +76,9 @@ def _gates_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gates' gradients [T, H, 3], and deltas and shifted lse [3, T, H] of `combine_backward`."""
     (tokens, heads, _), d_v = q.shape, v_slc.shape[2]
-    dgates = torch.empty(gates.shape, dtype=gates.dtype, device=gates.device)
+    # zeros, not empty: autograd's thread has no current device context until something has been launched from it, and the
+    # tensor maps of the kernels below need one.
+    dgates = torch.zeros(gates.shape, dtype=gates.dtype, device=gates.device)
     deltas, shifted = q.new_empty(2, 3, tokens, heads, dtype=torch.float32)
     for first, last in [(0, tokens)] if outputs else token_slices(tokens, 3 * heads * d_v * q.element_size()):
         at = slice(first, last)

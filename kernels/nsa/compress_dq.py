@@ -12,9 +12,19 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, dq_tile, exponent, seen_of, slot_descriptors, unit_stride
+from sieve.kernels.nsa.compress_tiles import (
+    Tile,
+    doc_slots,
+    dq_tile,
+    exponent,
+    seen_of,
+    slot_descriptors,
+    unit_stride,
+    whole_slots,
+)
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
+from sieve.kernels.nsa.runs_launch import attend_dq, serves
 
 
 @triton.jit
@@ -81,26 +91,25 @@ def _backward_q(
     lse = exponent(tl.load(lse_ptr + at))
     delta = tl.load(delta_ptr + at)
     last_token = tl.minimum(first_token + TOKENS, num_tokens) - 1
-    first_position = tl.load(position_ptr + first_token)
-    last_position = tl.load(position_ptr + last_token)
-    first_doc = tl.load(doc_ptr + first_token)
-    last_doc = tl.load(doc_ptr + last_token)
+    begin, whole = whole_slots(doc_ptr, position_ptr, cu_ptr, first_token, last_token, SLOTS, KERNEL, STRIDE)
     row_doc = tl.load(doc_ptr + token)
     row_seen = seen_of(tl.load(position_ptr + token), KERNEL, STRIDE)
 
     dq0 = tl.zeros([ROWS, D0], tl.float32)
     dq1 = tl.zeros([ROWS, D1 if D1 > 0 else 1], tl.float32)
+    dq0, dq1 = _sweep(
+        dq0, dq1, q0, q1, do0, do1, lse, delta, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen,
+        factor, D0, D1, E0, E1, SLOTS, False,
+    )  # fmt: skip
+    first_doc = tl.load(doc_ptr + first_token)
+    # A document that begins within the tile shows its queries there none of its slots, where the tile is short.
+    last_doc = tl.load(doc_ptr + last_token) if TOKENS > KERNEL else first_doc
     for doc in range(first_doc, last_doc + 1):
-        begin, whole, end = doc_slots(
-            doc, last_doc, cu_ptr, first_position, last_position, first_doc == last_doc, SLOTS, KERNEL, STRIDE
-        )
+        begin, end = doc_slots(doc, doc_ptr, position_ptr, cu_ptr, last_token, KERNEL, STRIDE)
         dq0, dq1 = _sweep(
-            dq0, dq1, q0, q1, do0, do1, lse, delta, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen,
-            factor, D0, D1, E0, E1, SLOTS, False,
-        )  # fmt: skip
-        dq0, dq1 = _sweep(
-            dq0, dq1, q0, q1, do0, do1, lse, delta, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, whole, end,
-            tl.where(row_doc == doc, begin + row_seen, 0), factor, D0, D1, E0, E1, SLOTS, True,
+            dq0, dq1, q0, q1, do0, do1, lse, delta, k0_desc, k1_desc, v0_desc, v1_desc, kv_head,
+            tl.maximum(begin, whole), end, tl.where(row_doc == doc, begin + row_seen, 0),
+            factor, D0, D1, E0, E1, SLOTS, True,
         )  # fmt: skip
     dq_at = dq_ptr + (token.to(tl.int64) * stride_dt + head * stride_dh)[:, None]
     _store(dq0 * scale, dq_at + tl.arange(0, D0)[None, :], row_ok, ADD)
@@ -124,8 +133,12 @@ def compressed_dq(
         if not add:
             dq.zero_()
         return
-    tile = tile or dq_tile(d_qk, d_v, q.dtype)
+    if tile is None and serves(q, kv_heads, d_v, geometry):
+        lse, delta = lse.contiguous(), delta.contiguous()
+        attend_dq(do, q, k_cmp, v_cmp, lse, delta, packing, dq, scale=scale, add=add, geometry=geometry)
+        return
     group, q, do = heads // kv_heads, unit_stride(q), unit_stride(do)
+    tile = tile or dq_tile(group, d_qk, d_v, q.dtype)
     _backward_q[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
         do, q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
         lse.contiguous(), delta.contiguous(), packing.doc, packing.position, packing.cu_seqlens, dq,

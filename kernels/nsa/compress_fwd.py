@@ -1,4 +1,4 @@
-"""Compression attention (equations 7 and 8), forward: Triton kernel and launcher.
+"""Compression attention (equations 7 and 8), forward: launcher, and the Triton kernel for what the Hopper one does not serve.
 
 A tile is `rows` (token, head of the KV group) pairs, so that a group's heads share every compressed key that is loaded.
 It walks its documents' slots up to the last its queries see; only the last of them, and tiles that touch several
@@ -15,9 +15,10 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, forward_tile, seen_of, slot_descriptors, unit_stride
+from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, forward_tile, seen_of, slot_descriptors, unit_stride, whole_slots
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
+from sieve.kernels.nsa.runs_launch import attend, serves
 
 
 @triton.jit
@@ -73,10 +74,7 @@ def _forward(
     if D1 > 0:
         q1 = tl.load(q_at + D0 + tl.arange(0, D1)[None, :])
     last_token = tl.minimum(first_token + TOKENS, num_tokens) - 1
-    first_position = tl.load(position_ptr + first_token)
-    last_position = tl.load(position_ptr + last_token)
-    first_doc = tl.load(doc_ptr + first_token)
-    last_doc = tl.load(doc_ptr + last_token)
+    begin, whole = whole_slots(doc_ptr, position_ptr, cu_ptr, first_token, last_token, SLOTS, KERNEL, STRIDE)
     row_doc = tl.load(doc_ptr + token)
     row_seen = seen_of(tl.load(position_ptr + token), KERNEL, STRIDE)
 
@@ -84,16 +82,17 @@ def _forward(
     total = tl.zeros([ROWS], tl.float32)
     acc0 = tl.zeros([ROWS, E0], tl.float32)
     acc1 = tl.zeros([ROWS, E1 if E1 > 0 else 1], tl.float32)
+    acc0, acc1, top, total = _sweep(
+        acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen, factor,
+        D0, D1, E0, E1, SLOTS, False,
+    )  # fmt: skip
+    first_doc = tl.load(doc_ptr + first_token)
+    # A document that begins within the tile shows its queries there none of its slots, where the tile is short.
+    last_doc = tl.load(doc_ptr + last_token) if TOKENS > KERNEL else first_doc
     for doc in range(first_doc, last_doc + 1):
-        begin, whole, end = doc_slots(
-            doc, last_doc, cu_ptr, first_position, last_position, first_doc == last_doc, SLOTS, KERNEL, STRIDE
-        )
+        begin, end = doc_slots(doc, doc_ptr, position_ptr, cu_ptr, last_token, KERNEL, STRIDE)
         acc0, acc1, top, total = _sweep(
-            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, begin, whole, row_seen, factor,
-            D0, D1, E0, E1, SLOTS, False,
-        )  # fmt: skip
-        acc0, acc1, top, total = _sweep(
-            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, whole, end,
+            acc0, acc1, top, total, q0, q1, k0_desc, k1_desc, v0_desc, v1_desc, kv_head, tl.maximum(begin, whole), end,
             tl.where(row_doc == doc, begin + row_seen, 0), factor, D0, D1, E0, E1, SLOTS, True,
         )  # fmt: skip
 
@@ -118,7 +117,8 @@ def compressed_attention_fwd(
 
     q [T, H, Dqk], k_cmp [C, Hkv, Dqk], v_cmp [C, Hkv, Dv] in slots (CompressedSlots) -> o [T, H, Dv] in q's dtype,
     natural lse fp32 [T, H]. A query that sees no block has o exactly 0 and lse -inf. scale must be positive. packing.doc and
-    packing.position may be a run of the row's tokens, if q is the same run. Source: arXiv 2502.11089.
+    packing.position may be a run of the row's tokens, if q is the same run. `tile` asks for the Triton kernel, with that tile.
+    Source: arXiv 2502.11089.
     """
     tokens, heads, d_qk = q.shape
     slots, kv_heads, d_v = v_cmp.shape
@@ -127,8 +127,11 @@ def compressed_attention_fwd(
     lse = q.new_empty(tokens, heads, dtype=torch.float32)
     if not tokens or not slots:
         return o.zero_(), lse.fill_(-math.inf)
-    tile = tile or forward_tile(d_qk, d_v, q.dtype)
+    if tile is None and serves(q, kv_heads, d_v, geometry):
+        attend(q, k_cmp, v_cmp, packing, o, lse, scale=scale, geometry=geometry)
+        return o, lse
     group, q = heads // kv_heads, unit_stride(q)
+    tile = tile or forward_tile(group, d_qk, d_v, q.dtype)
     _forward[(triton.cdiv(tokens, tile.rows // group), kv_heads)](
         q, *slot_descriptors(k_cmp, tile.slots), *slot_descriptors(v_cmp, tile.slots),
         packing.doc, packing.position, packing.cu_seqlens, o, lse, *q.stride()[:2], tokens, scale / math.log(2),

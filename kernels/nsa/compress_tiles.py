@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -28,25 +29,32 @@ class Tile:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.max_registers}
 
 
-def forward_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
-    if dtype == torch.float32:
-        return Tile(64, 32, 4, 1)
-    # Up to 128 dims two programs fit on one multiprocessor, where one's softmax runs under the other's products.
-    return Tile(128, 64, 8, 2) if d_qk + d_v > 384 else Tile(128, 64, 8, 3)
+def _rows(group: int, rows: int) -> int:
+    """Rows of a tile: `rows`, or as many as one token of a larger group needs."""
+    return max(rows, triton.next_power_of_2(group))
 
 
-def dq_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
+def forward_tile(group: int, d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
     if dtype == torch.float32:
-        return Tile(64, 32, 4, 1)
-    return Tile(128, 64, 8, 2)
+        return Tile(_rows(group, 32), 32, 4, 1)
+    if d_qk + d_v <= 256:
+        return Tile(_rows(group, 64), 64, 4, 3)
+    return Tile(128, 32, 8, 2) if d_qk + d_v > 384 else Tile(128, 64, 8, 3)
+
+
+def dq_tile(group: int, d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
+    if dtype == torch.float32:
+        return Tile(_rows(group, 32), 32, 4, 1)
+    if d_qk + d_v > 384:
+        return Tile(_rows(group, 64), 32, 4, 2)
+    return Tile(_rows(group, 64), 64, 4, 2) if d_qk + d_v <= 256 else Tile(128, 64, 8, 3)
 
 
 def dkv_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
+    """Rows are rounded up to a token of a larger group by the launcher."""
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1)
-    if d_qk + d_v <= 256:
-        return Tile(64, 128, 8, 2)
-    return Tile(64, 64, 8, 2) if d_qk + d_v > 320 else Tile(32, 128, 8, 2)
+        return Tile(16, 32, 4, 1)
+    return Tile(32, 64, 8, 2) if d_qk + d_v > 320 else Tile(64, 128, 8, 3)
 
 
 def dkv_splits(programs: int) -> int:
@@ -58,12 +66,17 @@ def dkv_splits(programs: int) -> int:
     return max(1, min(32, 1024 // programs))
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
 def unit_stride(x: Tensor) -> Tensor:
     """The kernels take any strides of tokens and heads, but the last must be 1."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _copyable(x: Tensor) -> Tensor:
+def copyable(x: Tensor) -> Tensor:
     """x, or a copy where the copy engine cannot read it: base and strides in multiples of 16 bytes, the last of 1."""
     steps = [x.data_ptr(), *(s * x.element_size() for s in x.stride()[:-1])]
     return x.clone(memory_format=torch.contiguous_format) if x.stride(-1) != 1 or any(s % 16 for s in steps) else x
@@ -71,7 +84,7 @@ def _copyable(x: Tensor) -> Tensor:
 
 def row_descriptors(x: Tensor, tokens: int, heads: int) -> tuple[TensorDescriptor, TensorDescriptor]:
     """x [T, H, D], read `tokens` by `heads` at a time in the two pieces of D; past the end it reads zeros."""
-    x = _copyable(x)
+    x = copyable(x)
     d0, d1 = split_dim(x.shape[-1])
     first = TensorDescriptor(x, list(x.shape), list(x.stride()), [tokens, heads, d0])
     return first, TensorDescriptor(x, list(x.shape), list(x.stride()), [tokens, heads, d1]) if d1 else first
@@ -83,7 +96,7 @@ def slot_descriptors(x: Tensor, block: int) -> tuple[TensorDescriptor, TensorDes
     Reads past the last slot give zeros. Where D is one power of two, the second descriptor is the first again.
     """
     slots, heads, d = x.shape
-    matrix = _copyable(x.contiguous()).view(slots, heads * d)
+    matrix = copyable(x.contiguous()).view(slots, heads * d)
     d0, d1 = split_dim(d)
     first = TensorDescriptor.from_tensor(matrix, [block, d0])
     return first, TensorDescriptor.from_tensor(matrix, [block, d1]) if d1 else first
@@ -103,18 +116,25 @@ def seen_of(position, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def doc_slots(
-    doc, last_doc, cu_ptr, first_position, last_position, single, SLOTS: tl.constexpr, KERNEL: tl.constexpr,
-    STRIDE: tl.constexpr,
+def whole_slots(
+    doc_ptr, position_ptr, cu_ptr, first_token, last_token, SLOTS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr
 ):  # fmt: skip
-    """(begin, whole, end) of a document's slots, for a tile of tokens from first_position to last_position of last_doc.
+    """[begin, whole): the slots that all queries from first_token to last_token see, a multiple of SLOTS; none if the
+    queries are of several documents. begin is the first document's first slot."""
+    doc = tl.load(doc_ptr + first_token)
+    begin = tl.load(cu_ptr + doc) // STRIDE
+    seen = seen_of(tl.load(position_ptr + first_token), KERNEL, STRIDE) // SLOTS * SLOTS
+    return begin, begin + tl.where(doc == tl.load(doc_ptr + last_token), seen, 0)
 
-    The tile's queries of this document see none outside [begin, end), and all of them see [begin, whole), a multiple of
-    SLOTS, if the tile holds no other document (`single`). Sweeping document by document, each from its own first slot
-    on, makes a query's result independent of what is packed beside its document, to the last bit.
+
+@triton.jit
+def doc_slots(doc, doc_ptr, position_ptr, cu_ptr, last_token, KERNEL: tl.constexpr, STRIDE: tl.constexpr):
+    """(begin, end): the slots of document `doc` that some query up to last_token sees.
+
+    Sweeping document by document, each from its own first slot on, makes a query's result independent of what is packed
+    beside its document, to the last bit.
     """
     start = tl.load(cu_ptr + doc)
-    begin = start // STRIDE
-    last = tl.where(doc == last_doc, last_position, tl.load(cu_ptr + doc + 1) - start - 1)
-    whole = tl.where(single, seen_of(first_position, KERNEL, STRIDE) // SLOTS * SLOTS, 0)
-    return begin, begin + whole, begin + seen_of(last, KERNEL, STRIDE)
+    length = tl.load(cu_ptr + doc + 1) - start
+    last = tl.where(doc == tl.load(doc_ptr + last_token), tl.load(position_ptr + last_token), length - 1)
+    return start // STRIDE, start // STRIDE + seen_of(last, KERNEL, STRIDE)

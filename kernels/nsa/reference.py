@@ -14,7 +14,7 @@ from torch import Tensor
 from sieve.kernels.common.chunks import over_chunks
 from sieve.kernels.common.dense import attend, compute_dtype, scores
 from sieve.kernels.common.documents import Documents
-from sieve.kernels.full.reference import CHUNK, causal_attention
+from sieve.kernels.full.reference import causal_attention
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 
@@ -32,7 +32,7 @@ def _blocks_seen(start: int, end: int, geometry: Geometry, device: torch.device)
 
 
 def compressed_attention(
-    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Equations 7 and 8: attention over the compressed blocks that end at or before the query.
 
@@ -70,9 +70,46 @@ def _importance(p: Tensor, num_blocks: int, geometry: Geometry) -> Tensor:
     return sum(w * p[..., m : m + step * num_blocks : step] for m, w in enumerate(geometry.overlap))
 
 
+def rank_blocks(
+    q: Tensor, lse: Tensor, k_cmp: Tensor, seen: Tensor, query: Tensor, num_blocks: int, geometry: Geometry, scale: float
+) -> Tensor:
+    """Equations 9 to 12 for queries of documents, in training and with a cache alike: equal scores, equal choice.
+
+    q [B, K, G, n, D], lse [B, K, G, n, 1], k_cmp [B, K, blocks, D], all of the computation's dtype; query: positions,
+    [n, 1] or [B, 1, n, 1]; seen: bool, which of the compressed blocks a query sees, [n, blocks] or [B, 1, 1, n, blocks].
+    num_blocks: how many selection blocks the last query may choose from. -> int32 [B, K, n, topk] as in select_blocks.
+    """
+    if num_blocks <= geometry.topk:  # every candidate is chosen, whatever its importance
+        return choose_blocks(q.new_zeros(*q.shape[:2], q.shape[3], num_blocks), query, geometry)
+    s = scores(q, k_cmp, scale) - lse
+    p = s.masked_fill_(~seen, -math.inf).exp_().sum(2)  # [B, K, n, blocks]
+    return choose_blocks(_importance(p, num_blocks, geometry), query, geometry)
+
+
+def choose_blocks(importance: Tensor, query: Tensor, geometry: Geometry) -> Tensor:
+    """importance [B, K, n, J], overwritten, and query as in rank_blocks -> int32 [B, K, n, topk]: the forced blocks and
+    the most important others up to the query's own, ascending, -1 past the last."""
+    num_blocks = importance.shape[-1]
+    block = torch.arange(num_blocks, device=importance.device)
+    current = query // geometry.block_size
+    candidate = block <= current  # [n, J] or [B, 1, n, J]
+    if num_blocks <= geometry.topk:
+        chosen = torch.where(candidate, block, -1).expand(*importance.shape[:2], -1, -1)
+    else:
+        forced = (block < geometry.init_blocks) | (block > current - geometry.local_blocks)
+        rank = importance.masked_fill_(forced, math.inf).masked_fill_(~candidate, -math.inf)
+        # Not torch.topk, which breaks ties as it likes.
+        order = rank.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.topk]
+        chosen = order.masked_fill(order > current, -1)
+    # Ascending with -1 last.
+    chosen = chosen.masked_fill(chosen < 0, num_blocks).sort(-1).values
+    chosen = chosen.masked_fill(chosen == num_blocks, -1)
+    return torch.nn.functional.pad(chosen, (0, geometry.topk - chosen.shape[-1]), value=-1).int()
+
+
 @torch.no_grad()
 def select_blocks(
-    q: Tensor, k_cmp: Tensor, lse: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_cmp: Tensor, lse: Tensor, packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None
 ) -> Tensor:
     """Equations 9 to 12: the selection blocks each query and KV group reads.
 
@@ -89,46 +126,33 @@ def select_blocks(
 
         def body(start: int, end: int, qb: Tensor, lb: Tensor, kb: Tensor) -> tuple[Tensor]:
             query = torch.arange(start, end, device=qb.device)[:, None]
+            seen = _blocks_seen(start, end, geometry, qb.device)
             num_blocks = (end - 1) // geometry.block_size + 1
-            block = torch.arange(num_blocks, device=qb.device)
-            current = query // geometry.block_size
-            candidate = block <= current  # [n, J]
-            if num_blocks <= geometry.topk:  # every candidate is chosen, whatever its importance
-                chosen = torch.where(candidate, block, -1).expand(qb.shape[0], groups, -1, -1)
-            else:
-                seen = _blocks_seen(start, end, geometry, qb.device)
-                s = scores(qb, kb[:, :, : seen.shape[1]], scale) - lb
-                p = s.masked_fill_(~seen, -math.inf).exp_().sum(2)  # [B, Hkv, n, blocks]
-                forced = (block < geometry.init_blocks) | (block > current - geometry.local_blocks)
-                rank = _importance(p, num_blocks, geometry).masked_fill_(forced, math.inf)
-                rank = rank.masked_fill_(~candidate, -math.inf)
-                # Not torch.topk, which breaks ties as it likes.
-                order = rank.sort(dim=-1, descending=True, stable=True).indices[..., : geometry.topk]
-                chosen = order.masked_fill(order > current, -1)
-            # Ascending with -1 last.
-            chosen = chosen.masked_fill(chosen < 0, num_blocks).sort(-1).values
-            chosen = chosen.masked_fill(chosen == num_blocks, -1)
-            return (torch.nn.functional.pad(chosen, (0, geometry.topk - chosen.shape[-1]), value=-1).int(),)
+            return (rank_blocks(qb, lb, kb[:, :, : seen.shape[1]], seen, query, num_blocks, geometry, scale),)
 
         (parts,) = over_chunks(body, chunk, (qb, lb), kb)
         found.append(torch.cat(parts, 2).transpose(1, 2))
     return documents.join(found)
 
 
-def selected_tokens(indices: Tensor, start: int, end: int, geometry: Geometry) -> Tensor:
-    """What queries [start, end) of a document read: their indices [..., n, topk] -> bool [..., n, end]."""
+def tokens_of_blocks(indices: Tensor, end: int, geometry: Geometry) -> Tensor:
+    """Which of a document's first `end` tokens lie in selected blocks: indices [..., n, topk] -> bool [..., n, end]."""
     num_blocks = (end - 1) // geometry.block_size + 1
     # One spare column takes the -1 entries.
     on = torch.zeros(*indices.shape[:-1], num_blocks + 1, dtype=torch.bool, device=indices.device)
     on.scatter_(-1, torch.where(indices < 0, num_blocks, indices.long()), True)
-    tokens = on[..., :-1, None].expand(*on.shape[:-1], num_blocks, geometry.block_size).flatten(-2)[..., :end]
+    return on[..., :-1, None].expand(*on.shape[:-1], num_blocks, geometry.block_size).flatten(-2)[..., :end]
+
+
+def selected_tokens(indices: Tensor, start: int, end: int, geometry: Geometry) -> Tensor:
+    """What queries [start, end) of a document read: their indices [..., n, topk] -> bool [..., n, end]."""
     position = torch.arange(end, device=indices.device)
-    return tokens & (position <= position[start:, None])
+    return tokens_of_blocks(indices, end, geometry) & (position <= position[start:, None])
 
 
 def selected_attention(
     q: Tensor, k_slc: Tensor, v_slc: Tensor, indices: Tensor, packing: Packing, geometry: Geometry, *, scale: float,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention over the tokens of the selected blocks, up to the query's own.
 
@@ -153,7 +177,7 @@ def selected_attention(
 
 
 def window_attention(
-    q: Tensor, k_win: Tensor, v_win: Tensor, packing: Packing, window_size: int, *, scale: float, chunk: int = CHUNK
+    q: Tensor, k_win: Tensor, v_win: Tensor, packing: Packing, window_size: int, *, scale: float, chunk: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Attention over the last window_size tokens of the document, the query's own included.
 
@@ -172,7 +196,7 @@ def combine(o_cmp: Tensor, o_slc: Tensor, o_win: Tensor, gates: Tensor) -> Tenso
 
 def nsa_attention(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    packing: Packing, geometry: Geometry, *, scale: float, chunk: int = CHUNK,
+    packing: Packing, geometry: Geometry, *, scale: float, chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The whole operator, see sieve.kernels.nsa.api: out [T, H, Dv] and the selected blocks int32 [T, Hkv, topk]."""
     o_cmp, lse = compressed_attention(q, k_cmp, v_cmp, packing, geometry, scale=scale, chunk=chunk)

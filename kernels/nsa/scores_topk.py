@@ -10,7 +10,6 @@ it: bounded by the number of programs that run at once, not by the number of que
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -19,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import Tile, exponent, seen_of, slot_descriptors, unit_stride
+from sieve.kernels.nsa.compress_tiles import Tile, exponent, multiprocessors, seen_of, slot_descriptors, unit_stride
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.topk_rows import pick_blocks
@@ -35,12 +34,30 @@ def scores_tile(group: int, d_qk: int, dtype: torch.dtype) -> Tile:
     columns = min(128, MOST_TOKENS * padded)
     if dtype == torch.float32:
         return Tile(max(min(columns, 32), padded), 32, 4, 1)
-    return Tile(max(columns, 16), 64, 4, 2, 168 if columns == 128 and d_qk <= 128 else None)
+    # 168 registers: three programs of 4 warps a multiprocessor, which sort, take exponentials and multiply by turns.
+    return Tile(max(columns, 16), 64, 4, 2, 168 if d_qk <= 128 else None)
 
 
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+def resident_programs(tile: Tile, d_qk: int, itemsize: int) -> int:
+    """How many programs run on a multiprocessor at once, so that one wave takes all the work: by registers, and by the
+    shared memory of a tile of queries, the stages of keys and what sums and sorts pass through."""
+    by_registers = 65536 // (tile.num_warps * 32 * (tile.max_registers or 255))
+    by_memory = (227 << 10) // ((tile.rows + tile.num_stages * tile.slots) * d_qk * itemsize + (6 << 10))
+    return max(1, min(by_registers, by_memory))
+
+
+@triton.jit
+def _place_of(column, PADDED: tl.constexpr, ABREAST: tl.constexpr, RUN: tl.constexpr):
+    """(token of the tile, head of the group) of a column: RUN heads in a row, of ABREAST tokens by turns.
+
+    In a warpgroup's accumulator each of four neighbouring threads holds two of every eight columns. With eight columns to a
+    turn, a token's heads are then in one thread (or two, or four, where a tile has few tokens), and their sum needs no
+    exchange between threads.
+    """
+    turn = column // (ABREAST * RUN)
+    turns: tl.constexpr = PADDED // RUN
+    token = turn // turns * ABREAST + column // RUN % ABREAST
+    return token, turn % turns * RUN + column % RUN
 
 
 @triton.jit
@@ -48,6 +65,7 @@ def _sweep(
     q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, seen, written, kv_head, doc_slot, num_slots, begin, end,
     width, factor,
     HEADS_KV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr,
+    ABREAST: tl.constexpr, RUN: tl.constexpr,
     A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """Store own and next of the blocks [begin, end) for the queries `written`; MASKED if some do not see all of them."""
@@ -74,8 +92,8 @@ def _sweep(
         p = tl.exp2(s * factor - lse[None, :])
         if MASKED:
             p = tl.where(slot[:, None] < seen[None, :], p, 0.0)
-        p = tl.sum(tl.reshape(p, [SLOTS, TOKENS, PADDED]), 2)
-        p = tl.reshape(p, [BLOCKS, A_PADDED, TOKENS])
+        p = tl.sum(tl.reshape(p, [SLOTS, TOKENS // ABREAST, PADDED // RUN, ABREAST, RUN]), 4)
+        p = tl.reshape(tl.sum(p, 2), [BLOCKS, A_PADDED, TOKENS])
         block = first + tl.arange(0, BLOCKS)[:, None]
         at = tl.arange(0, TOKENS)[None, :] * width + block
         mask = written[None, :] & (block + 1 < width)
@@ -101,6 +119,9 @@ def _select(
     B: tl.constexpr = KERNEL // STRIDE
     BLOCKS: tl.constexpr = SLOTS // A_PADDED
     TOKENS: tl.constexpr = COLUMNS // PADDED
+    ABREAST: tl.constexpr = min(TOKENS, 4)
+    RUN: tl.constexpr = min(8 // ABREAST, PADDED)
+    PICKED: tl.constexpr = min(TOKENS, 8)  # queries at a time, for their ranks to fit into registers
     HEADS_KV: tl.constexpr = HEADS // GROUP
     own_ptr = scratch_ptr + tl.program_id(0).to(tl.int64) * (2 * TOKENS) * width
     next_ptr = own_ptr + TOKENS * width
@@ -114,14 +135,14 @@ def _select(
         token_ok = first_token + local < num_tokens
         doc = tl.load(doc_ptr + token)
         position = tl.load(position_ptr + token)
-        current = position // BLOCK
         # A query with no more candidates than it may choose takes them all, whatever they weigh.
-        seen = tl.where(current >= TOPK, seen_of(position, KERNEL, STRIDE), 0)
+        seen = tl.where(position // BLOCK >= TOPK, seen_of(position, KERNEL, STRIDE), 0)
 
-        column_token = first_token + column // PADDED
-        column_ok = (column_token < num_tokens) & (column % PADDED < GROUP)
+        column_token, head = _place_of(column, PADDED, ABREAST, RUN)
+        column_token += first_token
+        column_ok = (column_token < num_tokens) & (head < GROUP)
         column_token = tl.minimum(column_token, num_tokens - 1)
-        head = (kv_head * GROUP + tl.minimum(column % PADDED, GROUP - 1)).to(tl.int64)
+        head = (kv_head * GROUP + tl.minimum(head, GROUP - 1)).to(tl.int64)
         q_at = q_ptr + (column_token.to(tl.int64) * stride_qt + head * stride_qh)[:, None]
         q0 = tl.load(q_at + tl.arange(0, D0)[None, :])
         q1 = q0
@@ -140,20 +161,27 @@ def _select(
             whole = tl.min(tl.where(mine, seen, 0), 0) // (BLOCKS * A) * BLOCKS
             _sweep(
                 q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, column_seen, mine, kv_head, doc_slot,
-                num_slots, 0, whole, width, factor, HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, False,
+                num_slots, 0, whole, width, factor, HEADS_KV, D0, D1, TOKENS, PADDED, ABREAST, RUN,
+                A, A_PADDED, B, SLOTS, False,
             )  # fmt: skip
             _sweep(
                 q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, tl.where(column_doc == d, column_seen, 0),
                 mine, kv_head, doc_slot, num_slots, whole, last_block, width, factor,
-                HEADS_KV, D0, D1, TOKENS, PADDED, A, A_PADDED, B, SLOTS, True,
+                HEADS_KV, D0, D1, TOKENS, PADDED, ABREAST, RUN, A, A_PADDED, B, SLOTS, True,
             )  # fmt: skip
         tl.debug_barrier()  # the scratch memory was written by other threads than will read it
-        row = local.to(tl.int64) * width
-        out = out_ptr + (token.to(tl.int64) * HEADS_KV + kv_head) * TOPK
-        pick_blocks(
-            own_ptr + row, next_ptr + row, out, current, seen, token_ok, tl.max(current, 0) + 1,
-            TOKENS, A, B > 1, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
-        )  # fmt: skip
+        for part in range(0, TOKENS, PICKED):
+            picked = part + tl.arange(0, PICKED)
+            row = picked.to(tl.int64) * width
+            picked += first_token
+            picked_ok = picked < num_tokens
+            picked = tl.minimum(picked, num_tokens - 1)
+            at = tl.load(position_ptr + picked)
+            pick_blocks(
+                own_ptr + row, next_ptr + row, out_ptr + (picked.to(tl.int64) * HEADS_KV + kv_head) * TOPK, at // BLOCK,
+                tl.where(at // BLOCK >= TOPK, seen_of(at, KERNEL, STRIDE), 0), picked_ok,
+                PICKED, A, B > 1, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
+            )  # fmt: skip
         tl.debug_barrier()
 
 
@@ -189,7 +217,8 @@ def select_blocks(
     width = ((triton.cdiv(packing.max_seqlen, geometry.block_size) >> log_chunk) + 1) << log_chunk
     fit = max(1, SCRATCH_BYTES // (8 * tile_tokens * width))
     work = triton.cdiv(tokens, tile_tokens) * kv_heads
-    programs = min(programs or 3 * _multiprocessors(q.device), fit, work)
+    resident = resident_programs(tile, d_qk, q.element_size()) * multiprocessors(q.device)
+    programs = min(programs or resident, fit, work)
     scratch = q.new_empty(programs, 2, tile_tokens, width, dtype=torch.float32)
     q, k_cmp = unit_stride(q), k_cmp.contiguous()
     _select[(programs,)](

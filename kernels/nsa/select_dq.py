@@ -13,16 +13,11 @@ from torch import Tensor
 from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
-from sieve.kernels.nsa.select_config import Tile, dq_tile
-from sieve.kernels.nsa.select_fwd import (
-    LOG2_E,
-    check_scale,
-    key_descriptors,
-    last_key,
-    load_rows,
-    store_rows,
-    tile_rows,
-)  # fmt: skip
+from sieve.kernels.nsa.select_config import Tile, by_list, dq_tile, gather_tile
+from sieve.kernels.nsa.select_dq_hopper import union_dq
+from sieve.kernels.nsa.select_gather import gathered_dq
+from sieve.kernels.nsa.select_hopper import serves
+from sieve.kernels.nsa.select_rows import LOG2_E, check_scale, key_descriptors, last_key, load_rows, store_rows, tile_rows
 from sieve.kernels.nsa.select_union import unite_blocks
 
 
@@ -99,11 +94,13 @@ def _backward_q(
 def selected_dq(
     do: Tensor, q: Tensor, k_slc: Tensor, v_slc: Tensor, indices: Tensor, lse: Tensor, delta: Tensor, packing: Packing,
     geometry: Geometry, *, scale: float, dq: Tensor | None = None, tile: Tile | None = None,
+    lists: bool | None = None,
 ) -> Tensor:
     """dq [T, H, Dqk] of selected_attention_fwd in q's dtype; added to `dq` (contiguous) in place where one is given.
 
     do [T, H, Dv]; lse, delta fp32 [T, H] contiguous, delta = sum(o * do) over Dv. With lse lowered by log g, and do
-    the gradient of a gated output g * o, the results are the gradients through the gate.
+    the gradient of a gated output g * o, the results are the gradients through the gate. `tile` and `lists` (select_gather's
+    kernels rather than these) override the tables.
     """
     check_scale(scale)
     (tokens, heads, d_qk), kv_heads, d_v = q.shape, k_slc.shape[1], v_slc.shape[2]
@@ -112,9 +109,19 @@ def selected_dq(
     (d0, d1), (e0, e1), group = split_dim(d_qk), split_dim(d_v), heads // kv_heads
     if tokens == 0:
         return dq
-    tile = tile or dq_tile(group, d_qk, d_v, geometry.block_size, q.element_size())
-    union = unite_blocks(indices, packing, geometry.block_size, tile.tokens(group))
     q, do = (x if x.stride(2) == 1 else x.contiguous() for x in (q, do))
+    shape = group, d_qk, d_v, geometry.block_size, q.element_size()
+    if by_list(*shape) if lists is None else lists:
+        tile = tile or gather_tile(group, d_qk, d_v, backward=True)
+        rest = k_slc, v_slc, indices, lse, delta, packing, geometry.block_size
+        gathered_dq(do, q, *rest, scale=scale, dq=dq, add=add, tile=tile)
+        return dq
+    if tile is None and serves(q, kv_heads, d_v, geometry.block_size):
+        union = unite_blocks(indices, packing, geometry.block_size, 64 // group)
+        union_dq(do, q, k_slc, v_slc, union, geometry.block_size, lse, delta, dq, scale=scale, add=add)
+        return dq
+    tile = tile or dq_tile(*shape)
+    union = unite_blocks(indices, packing, geometry.block_size, tile.tokens(group))
     _backward_q[(union.tiles, kv_heads)](
         q, *key_descriptors(k_slc, tile.keys), *key_descriptors(v_slc, tile.keys), do, lse, delta, dq,
         union.start, union.members, union.count, q.stride(0), q.stride(1), do.stride(0), do.stride(1),

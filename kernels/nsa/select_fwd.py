@@ -1,4 +1,4 @@
-"""Selected attention, forward: Triton kernel and launcher.
+"""Selected attention, forward: launcher, and the Triton kernel for what the Hopper one (select_hopper) does not serve.
 
 A tile is a few neighbouring tokens with all heads of one KV group, 64 rows for the tensor cores; it runs over the union
 of its tokens' blocks (select_union), each loaded once, and hides a block from the rows that did not choose it.
@@ -10,45 +10,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
-from sieve.kernels.nsa.select_config import Tile, forward_tile
+from sieve.kernels.nsa.select_config import Tile, by_list, forward_tile, gather_tile
+from sieve.kernels.nsa.select_gather import gathered_forward
+from sieve.kernels.nsa.select_hopper import attend_union, serves
+from sieve.kernels.nsa.select_rows import LOG2_E, check_scale, key_descriptors, last_key, load_rows, store_rows, tile_rows
 from sieve.kernels.nsa.select_union import unite_blocks
-
-LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-@triton.jit
-def tile_rows(num_tokens, GROUP: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr):
-    """The tile's rows, token by token: (slot of the token in the tile, token, query head, row_ok)."""
-    row = tl.arange(0, ROWS)
-    slot = row // GROUP
-    token = tl.program_id(0) * TOKENS + slot
-    return slot, token, tl.program_id(1) * GROUP + row % GROUP, (slot < TOKENS) & (token < num_tokens)
-
-
-@triton.jit
-def load_rows(ptr, offset, row_ok, FROM: tl.constexpr, D: tl.constexpr):
-    """Columns [FROM, FROM + D) of the rows that begin at ptr + offset, 0 where not row_ok."""
-    return tl.load(ptr + offset[:, None] + (FROM + tl.arange(0, D))[None, :], mask=row_ok[:, None], other=0.0)
-
-
-@triton.jit
-def store_rows(ptr, offset, x, row_ok, FROM: tl.constexpr, D: tl.constexpr):
-    at = ptr + offset[:, None] + (FROM + tl.arange(0, D))[None, :]
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=row_ok[:, None])
-
-
-@triton.jit
-def last_key(first, start, bits, slot, token, KEYS: tl.constexpr, BLOCK: tl.constexpr):
-    """The last key each row sees of KEYS ones, from `first` on, of the block that begins at `start`; below 0: none."""
-    limit = token
-    if BLOCK % KEYS != 0:
-        limit = tl.minimum(token, start + (BLOCK - 1))
-    return tl.where(((bits >> slot) & 1) != 0, limit - first, -1)
 
 
 @triton.jit(do_not_specialize=["num_tokens", "first_token"])
@@ -116,51 +86,39 @@ def _forward(
         store_rows(o_ptr, at_o * (E0 + E1), acc1 * inverse, row_ok, E0, E1)
 
 
-def flat_heads(x: Tensor) -> Tensor:
-    """x [T, Hkv, D] as [T, Hkv * D] with 16-byte aligned rows, as a tensor descriptor takes it; copies if it must."""
-    aligned = x.data_ptr() % 16 == 0 and x.stride(0) * x.element_size() % 16 == 0
-    if not (x.stride(2) == 1 and x.stride(1) == x.shape[2] and aligned):
-        x = x.contiguous()
-    return x.flatten(1)
-
-
-def key_descriptors(x: Tensor, keys: int) -> tuple[TensorDescriptor, TensorDescriptor]:
-    """Descriptors of tiles of `keys` tokens of one head of x [T, Hkv, D], for the two parts of split_dim(D).
-
-    Where there is no second part, its place is taken by the first, which the kernel then does not touch.
-    """
-    d0, d1 = split_dim(x.shape[2])
-    flat = flat_heads(x)
-    return tuple(TensorDescriptor(flat, list(flat.shape), list(flat.stride()), [keys, d]) for d in (d0, d1 or d0))
-
-
-def check_scale(scale: float) -> None:
-    if not scale > 0:
-        raise ValueError(f"scale={scale} must be positive: the maximum is taken before scaling; use d_qk ** -0.5")
-
-
 def selected_attention_fwd(
     q: Tensor, k_slc: Tensor, v_slc: Tensor, indices: Tensor, packing: Packing, geometry: Geometry, *, scale: float,
-    first_token: int = 0, tile: Tile | None = None,
+    first_token: int = 0, tile: Tile | None = None, lists: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Equations 11 and 12: attention over the tokens of the selected blocks, up to the query's own.
 
     q [n, H, Dqk], k_slc [T, Hkv, Dqk], v_slc [T, Hkv, Dv] of one dtype (bf16, fp16, fp32); indices int32
     [n, Hkv, topk]: block numbers within the query's document, ascending, -1 = none. The queries are the packed tokens
     [first_token, first_token + n), and packing.doc and .position are theirs. Returns o [n, H, Dv] in q's dtype and lse
-    fp32 [n, H] (natural log); a query without a block has o exactly 0 and lse -inf. `tile` overrides the table.
+    fp32 [n, H] (natural log); a query without a block has o exactly 0 and lse -inf. `tile`, and `lists` (select_gather's
+    kernels rather than these), override the tables.
     Raises ValueError for a head dimension without a kernel or a scale that is not positive.
     """
     check_scale(scale)
     (tokens, heads, d_qk), kv_heads, d_v = q.shape, k_slc.shape[1], v_slc.shape[2]
+    (d0, d1), (e0, e1), group = split_dim(d_qk), split_dim(d_v), heads // kv_heads
+    q = q if q.stride(2) == 1 else q.contiguous()
+    shape = group, d_qk, d_v, geometry.block_size, q.element_size()
+    if tokens and (by_list(*shape) if lists is None else lists):
+        tile = tile or gather_tile(group, d_qk, d_v, backward=False)
+        return gathered_forward(
+            q, k_slc, v_slc, indices, packing, geometry.block_size, scale=scale, first_token=first_token, tile=tile
+        )
     o = torch.empty(tokens, heads, d_v, dtype=q.dtype, device=q.device)
     lse = torch.empty(tokens, heads, dtype=torch.float32, device=q.device)
-    (d0, d1), (e0, e1), group = split_dim(d_qk), split_dim(d_v), heads // kv_heads
     if tokens == 0:
         return o, lse
-    tile = tile or forward_tile(group, d_qk, d_v, geometry.block_size, q.element_size())
+    if tile is None and serves(q, kv_heads, d_v, geometry.block_size):
+        union = unite_blocks(indices, packing, geometry.block_size, 64 // group, first_token)
+        attend_union(q, k_slc, v_slc, union, geometry.block_size, o, lse, scale=scale, first_token=first_token)
+        return o, lse
+    tile = tile or forward_tile(*shape)
     union = unite_blocks(indices, packing, geometry.block_size, tile.tokens(group), first_token)
-    q = q if q.stride(2) == 1 else q.contiguous()
     _forward[(union.tiles, kv_heads)](
         q, *key_descriptors(k_slc, tile.keys), *key_descriptors(v_slc, tile.keys), o, lse,
         union.start, union.members, union.count, q.stride(0), q.stride(1), tokens, first_token, heads, scale,

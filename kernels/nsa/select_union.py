@@ -69,38 +69,48 @@ def _unite(
     indices_ptr, position_ptr, start_ptr, members_ptr, count_ptr, num_tokens, first_token,
     BLOCK: tl.constexpr, TOKENS: tl.constexpr, TOPK: tl.constexpr, ENTRIES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One tile and KV head: rank each distinct block by counting the smaller ones, without a sort or a barrier."""
+    """One tile and KV head: rank each distinct block by counting the smaller ones, without a sort."""
     tile, kv_head = tl.program_id(0), tl.program_id(1)
     tile_token = tile * TOKENS
     indices_ptr += (tile_token.to(tl.int64) * tl.num_programs(1) + kv_head) * TOPK
+    row = kv_head.to(tl.int64) * tl.num_programs(0) + tile
+    start_ptr += row * (TOKENS * TOPK)
+    members_ptr += row * (TOKENS * TOPK)
+    NONE: tl.constexpr = 0x7FFFFFFF
     entry = tl.arange(0, ENTRIES)
     start, slot, ok = _entries(
         entry, indices_ptr, position_ptr, tile_token, num_tokens, first_token, BLOCK, TOKENS, TOPK
     )
-    rank = tl.zeros([ENTRIES], tl.int32)
-    earlier = tl.zeros([ENTRIES], tl.int32)
+    start = tl.where(ok, start, NONE)
+    bit = tl.full([ENTRIES], 1, members_ptr.dtype.element_ty) << slot.to(members_ptr.dtype.element_ty)
     members = tl.zeros([ENTRIES], members_ptr.dtype.element_ty)
     for c in range(0, ENTRIES, CHUNK):
-        other, o_start, o_slot, o_ok = entry, start, slot, ok
+        o_start, o_bit = start, bit
         if CHUNK < ENTRIES:
-            other = c + tl.arange(0, CHUNK)
             o_start, o_slot, o_ok = _entries(
-                other, indices_ptr, position_ptr, tile_token, num_tokens, first_token, BLOCK, TOKENS, TOPK
+                c + tl.arange(0, CHUNK), indices_ptr, position_ptr, tile_token, num_tokens, first_token, BLOCK, TOKENS, TOPK
             )
-        same = (start[:, None] == o_start[None, :]) & ok[:, None] & o_ok[None, :]
-        bit = tl.full([CHUNK], 1, members.dtype) << o_slot.to(members.dtype)
-        members += tl.sum(tl.where(same, bit[None, :], 0), 1)
-        earlier += tl.sum((same & (other[None, :] < entry[:, None])).to(tl.int32), 1)
-        # A block counts where it stands first in the tile.
-        o_earlier = tl.sum((same & (entry[:, None] < other[None, :])).to(tl.int32), 0)
-        o_first = o_ok & (o_earlier == 0)
-        rank += tl.sum((o_first[None, :] & (o_start[None, :] < start[:, None])).to(tl.int32), 1)
-    first = ok & (earlier == 0)
-    row = kv_head.to(tl.int64) * tl.num_programs(0) + tile
+            o_start = tl.where(o_ok, o_start, NONE)
+            o_bit = tl.full([CHUNK], 1, members.dtype) << o_slot.to(members.dtype)
+        members += tl.sum(tl.where(start[:, None] == o_start[None, :], o_bit[None, :], 0), 1)
+    # A block counts where the tile's first token that chose it names it: a token names a block once.
+    first = ok & ((members & (bit - 1)) == 0)
+    counted = tl.where(first, start, NONE)
+    rank = tl.zeros([ENTRIES], tl.int32)
+    if CHUNK < ENTRIES:  # chunks of `counted` come by way of memory, which the ranked blocks overwrite
+        tl.store(start_ptr + entry, counted, mask=entry < TOKENS * TOPK)
+        tl.debug_barrier()
+    for c in range(0, ENTRIES, CHUNK):
+        other = counted
+        if CHUNK < ENTRIES:
+            at = c + tl.arange(0, CHUNK)
+            other = tl.load(start_ptr + at, mask=at < TOKENS * TOPK, other=NONE)
+        rank += tl.sum((other[None, :] < start[:, None]).to(tl.int32), 1)
+    if CHUNK < ENTRIES:
+        tl.debug_barrier()
     tl.store(count_ptr + row, tl.sum(first.to(tl.int32), 0))
-    at = row * (TOKENS * TOPK) + rank
-    tl.store(start_ptr + at, start, mask=first)
-    tl.store(members_ptr + at, members, mask=first)
+    tl.store(start_ptr + rank, start, mask=first)
+    tl.store(members_ptr + rank, members, mask=first)
 
 
 def unite_blocks(

@@ -66,21 +66,21 @@ def _ranks(
 
 @triton.jit
 def pick_blocks(
-    own_ptr, next_ptr, out_ptr, current, seen, token_ok, num_blocks,
+    own_ptr, next_ptr, out_ptr, current, seen, token_ok,
     TOKENS: tl.constexpr, PER_BLOCK: tl.constexpr, CARRIES: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     TOPK: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write the TOPK blocks of largest rank, ties to the lower block, ascending, then -1.
 
     own_ptr, next_ptr, out_ptr [TOKENS]: each query's row, the first two of whole chunks. current [TOKENS]: the block it
-    stands in. seen [TOKENS]: the slots it sees. num_blocks: more than any `current`. CARRIES: whether blocks have a `next`.
-    2 ** LOG_WIDTH >= TOPK.
+    stands in. seen [TOKENS]: the slots it sees. CARRIES: whether blocks have a `next`. 2 ** LOG_WIDTH >= TOPK.
 
     The first sweep finds each query's n-th largest rank; the second takes what lies above it and, lowest first, as many
     of its equals as there is room for. What is written is thus in order already.
     """
     CHUNK: tl.constexpr = 2**LOG_CHUNK
     WIDTH: tl.constexpr = 2**LOG_WIDTH
+    num_blocks = tl.max(current, 0) + 1
     chunk = tl.arange(0, CHUNK)
     current = current[:, None]
     seen = seen[:, None]

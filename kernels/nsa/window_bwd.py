@@ -16,6 +16,7 @@ from torch import Tensor
 from sieve.kernels.common.descriptors import head_descriptors
 from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.layout import Packing
+from sieve.kernels.nsa.runs_launch import attend_dq, serves
 from sieve.kernels.nsa.window_tiles import Tile, dkv_tile, dq_tile, row_tile, unit_stride
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -211,6 +212,9 @@ def window_dq(
     add = dq is not None
     dq = dq if add else torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if tokens == 0:
+        return dq
+    if tile is None and serves(q, kv_heads, d_v):
+        attend_dq(do, q, k_win, v_win, lse, delta, packing, dq, scale=scale, add=add, window=min(window_size, tokens))
         return dq
     tile = tile or dq_tile(d_qk, d_v, q.dtype)
     (d1, d2), (e1, e2), group = split_dim(d_qk), split_dim(d_v), heads // kv_heads

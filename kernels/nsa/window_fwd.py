@@ -1,4 +1,4 @@
-"""Sliding-window attention, forward: Triton kernel and launcher.
+"""Sliding-window attention, forward: launcher, and the Triton kernel for what the Hopper one (runs_hopper) does not serve.
 
 A tile is BLOCK_M rows of one KV group, a row being a (token, head of the group) pair, so that the group's heads share
 every key that is loaded, whatever their number. Its keys are one run, whose inner blocks need no mask.
@@ -16,6 +16,7 @@ from torch import Tensor
 from sieve.kernels.common.descriptors import head_descriptors
 from sieve.kernels.common.dims import split_dim
 from sieve.kernels.nsa.layout import Packing
+from sieve.kernels.nsa.runs_launch import attend, serves
 from sieve.kernels.nsa.window_tiles import Tile, forward_tile, row_tile, unit_stride
 
 
@@ -118,6 +119,12 @@ def _launch(
 ) -> None:
     (tokens, heads, d_qk), kv_heads, d_v = q.shape, k.shape[1], v.shape[2]
     if tokens == 0:
+        return
+    if tile is None and serves(q, kv_heads, d_v) and (gated[3] if o is None else o).is_contiguous():
+        here = Packing(packing.cu_seqlens, packing.doc, packing.position[first_token:], packing.max_seqlen)
+        attend(
+            q, k, v, here, o, lse, scale=scale, window=min(window_size, k.shape[0]), first_token=first_token, gated=gated
+        )
         return
     tile = tile or forward_tile(d_qk, d_v, q.dtype)
     (d1, d2), (e1, e2) = split_dim(d_qk), split_dim(d_v)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -92,6 +93,42 @@ def print_table(
         for name, timing in timings.items():
             if timing.error:
                 print(f"  {name} {side}: {timing.error}", file=sys.stderr)
+
+
+def crossovers(rows: list[dict[str, object]]) -> dict[str, dict[str, float | str]]:
+    """By shape and our calls: the row length from which forward and backward together are no slower than the rival's.
+
+    Between two measured lengths on a straight line in the logarithms; "below N" or "above N" where none was crossed.
+    """
+    points: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        for name in row["whole"]:
+            sums = []
+            for call in (name, row["rival"]):
+                times = [row[side].get(call, {}).get("ms") for side in ("forward", "backward")]
+                sums.append(None if None in times else sum(times))
+            if name.startswith("ours") and None not in sums:
+                gain = math.log(sums[1] / sums[0])
+                points.setdefault(row["shape"], {}).setdefault(name, []).append((row["tokens"], gain))
+    return {shape: {name: _zero(sorted(at)) for name, at in calls.items()} for shape, calls in points.items()}
+
+
+def _zero(points: list[tuple[int, float]]) -> float | str:
+    """Where the gain stops being negative for good."""
+    behind = [i for i, (_, gain) in enumerate(points) if gain < 0]
+    if not behind:
+        return f"below {points[0][0]}"
+    if behind[-1] == len(points) - 1:
+        return f"above {points[-1][0]}"
+    (a, low), (b, high) = points[behind[-1]], points[behind[-1] + 1]
+    return math.exp(math.log(a) + (math.log(b) - math.log(a)) * low / (low - high))
+
+
+def print_crossovers(found: dict[str, dict[str, float | str]]) -> None:
+    for shape, calls in found.items():
+        for name, length in calls.items():
+            shown = length if isinstance(length, str) else f"{length:.0f}"
+            print(f"{shape}, {name}: as fast as the rival, forward + backward, from {shown} tokens")
 
 
 def plot(path: Path, rows: list[dict[str, object]], note: str) -> None:

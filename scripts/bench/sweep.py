@@ -24,6 +24,7 @@ def _launches(case: Case, branch: str) -> dict[str, tuple[Callable[[object], obj
     q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates = (x.detach() for x in case.inputs)
     packing, geometry, do, w, s = case.packing, case.geometry, case.do, case.geometry.window_size, case.scale
     shape, dims = case.shape, (case.shape.d_qk, case.shape.d_v)
+    group = shape.heads // shape.kv_heads
     dq = torch.zeros_like(q)
     if branch == "window":
         from sieve.kernels.nsa import window_bwd, window_fwd
@@ -45,7 +46,7 @@ def _launches(case: Case, branch: str) -> dict[str, tuple[Callable[[object], obj
     o, lse = compress_fwd.compressed_attention_fwd(q, k_cmp, v_cmp, packing, geometry, scale=s)
     if branch == "scores":
         args = (q, k_cmp, lse, packing, geometry)
-        table = scores_topk.scores_tile(shape.heads // shape.kv_heads, shape.d_qk, q.dtype)
+        table = scores_topk.scores_tile(group, shape.d_qk, q.dtype)
         return {"scores": (lambda t: scores_topk.select_blocks(*args, scale=s, tile=t), table)}
     if branch == "compression":
         from sieve.kernels.nsa import compress_dkv, compress_dq
@@ -54,11 +55,11 @@ def _launches(case: Case, branch: str) -> dict[str, tuple[Callable[[object], obj
         return {
             "fwd": (
                 lambda t: compress_fwd.compressed_attention_fwd(*args, scale=s, tile=t),
-                tiles.forward_tile(*dims, q.dtype),
+                tiles.forward_tile(group, *dims, q.dtype),
             ),
             "dq": (
                 lambda t: compress_dq.compressed_dq(*back, scale=s, dq=dq, add=True, tile=t),
-                tiles.dq_tile(*dims, q.dtype),
+                tiles.dq_tile(group, *dims, q.dtype),
             ),
             "dkv": (lambda t: compress_dkv.compressed_dkv(*back, scale=s, tile=t), tiles.dkv_tile(*dims, q.dtype)),
         }
@@ -68,7 +69,7 @@ def _launches(case: Case, branch: str) -> dict[str, tuple[Callable[[object], obj
     o, lse = select_fwd.selected_attention_fwd(q, k_slc, v_slc, indices, packing, geometry, scale=s)
     args = (q, k_slc, v_slc, indices, packing, geometry)
     back = (do, q, k_slc, v_slc, indices, lse, lse, packing, geometry)
-    key = (shape.heads // shape.kv_heads, *dims, geometry.block_size, q.element_size())
+    key = (group, *dims, geometry.block_size, q.element_size())
     return {
         "fwd": (lambda t: select_fwd.selected_attention_fwd(*args, scale=s, tile=t), select_config.forward_tile(*key)),
         "dq": (lambda t: select_dq.selected_dq(*back, scale=s, dq=dq, tile=t), select_config.dq_tile(*key)),

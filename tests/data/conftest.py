@@ -1,4 +1,7 @@
-"""Small stores and a small tokenizer that the tests of data share."""
+"""Small stores, a small tokenizer and a slow model of the stream that the tests of data share."""
+
+import importlib.util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,6 +29,15 @@ def prose(seed: int, words: int = 400) -> str:
     """Text without sense, the same for the same seed."""
     drawn = np.random.default_rng(seed).choice(WORDS, words)
     return "\n".join(" ".join(drawn[i : i + 12]) + "." for i in range(0, words, 12)) + "\n"
+
+
+@pytest.fixture(scope="session")
+def plain():
+    """The module plain.py, which importmode=importlib cannot import by name."""
+    spec = importlib.util.spec_from_file_location("plain", Path(__file__).with_name("plain.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="session")
@@ -62,3 +74,12 @@ def uneven():
     """Documents of 2 to 40 tokens; token 100 * d + i is the i-th of document d, so that each tells where it is from."""
     lengths = np.random.default_rng(0).integers(2, 41, 23)
     return [[100 * (d + 1) + i for i in range(n)] for d, n in enumerate(lengths)]
+
+
+@pytest.fixture(scope="session")
+def servers():
+    """The module servers.py, which importmode=importlib cannot import by name."""
+    spec = importlib.util.spec_from_file_location("servers", Path(__file__).with_name("servers.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -33,7 +33,9 @@ def test_one_path_is_a_list_of_one():
     (dict(zzz=1), "no key 'zzz'; it has name, type, paths"),
     (dict(paths="a.txt"), "data.type=python reads no files; choose data=files"),
     (dict(validation_fraction=0.7), "validation_fraction"),
-    (dict(type="hub"), "'python' or 'files'"),
+    (dict(type="hup"), "'python', 'files'"),
+    (dict(type="hub", paths="a"), "data.paths is given, but data.type=hub reads no files; choose data=files"),
+    (dict(repo="a/b"), "data.repo is given, but data.type=python does not read it; choose data=hub"),
 ])
 def test_mistakes_are_named(settings, said):
     with pytest.raises(ValidationError, match=said):

@@ -1,10 +1,43 @@
 """Rows against a plain-Python reading of the same stream: tokens, labels, cuts, epochs."""
 
+from typing import NamedTuple
+
 import numpy as np
 import pytest
 import torch
 
-from sieve.data.packing import IGNORE, Cursor, read_row, stack
+from sieve.data.packers import Concatenate, Cursor
+from sieve.data.packing import Batch, edges
+from sieve.data.rows import IGNORE, fill
+
+
+class Documents:
+    """A store's documents in a given order: what packers and rows read from."""
+
+    def __init__(self, store, order):
+        self.source, self.tokens, self.num_documents, self.document = "text", store, store.num_documents, order
+
+
+class Row(NamedTuple):
+    tokens: np.ndarray
+    labels: np.ndarray
+    starts: list[int]
+    epoch: int
+
+
+def read_row(store, order, cursor, seq_len):
+    documents = Documents(store, order)
+    plan, cursor = Concatenate(documents).row(cursor, seq_len)
+    tokens, labels = np.empty((2, seq_len), np.int64)
+    starts, labelled = fill(documents, plan, tokens, labels)
+    assert labelled == (labels != IGNORE).sum()
+    return Row(tokens, labels, starts, plan.epoch), cursor
+
+
+def stack(rows):
+    cu_seqlens, longest = edges([row.starts for row in rows], len(rows[0].tokens))
+    tokens, labels = (torch.from_numpy(np.stack(x)) for x in ([r.tokens for r in rows], [r.labels for r in rows]))
+    return Batch(tokens, labels, torch.from_numpy(cu_seqlens), longest)
 
 
 def stored(epoch, position):

@@ -2,7 +2,8 @@
 
 import pytest
 
-from sieve.data.paths import expand, format_of
+from sieve.data.files import LocalFile, format_of
+from sieve.data.paths import expand
 
 
 @pytest.fixture
@@ -15,7 +16,7 @@ def folder(tmp_path):
 
 
 def names(entries, forced=None):
-    return [path.name for path, _ in expand(entries, forced, "data.paths")]
+    return [file.name for file in expand(entries, forced, "data.paths")]
 
 
 @pytest.mark.parametrize("name, kind", [
@@ -48,7 +49,7 @@ def test_brackets_in_a_real_name(folder):
 
 
 def test_format_may_be_forced(folder):
-    assert expand([str(folder / "image.png")], "text", "data.paths") == [(folder / "image.png", "text")]
+    assert expand([str(folder / "image.png")], "text", "data.paths") == [LocalFile(folder / "image.png", "text")]
 
 
 @pytest.mark.parametrize("entry, said", [

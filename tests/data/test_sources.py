@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
+from sieve.data import sources
 from sieve.data.config import DataConfig
 from sieve.data.sources import source_of
 
@@ -183,6 +184,16 @@ def test_fingerprint_follows_content_not_place_or_time(tmp_path):
     assert source(tmp_path / "moved").fingerprint() != before
 
 
+def test_fingerprint_of_much_text_reads_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "HASHED_TOTAL", 100)
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_bytes(lines(["x" * 1000] * 400))
+    before = source(tmp_path).fingerprint()
+    assert source(tmp_path).fingerprint() == before
+    (tmp_path / "a.jsonl").touch()
+    assert source(tmp_path).fingerprint() != before
+
+
 def test_sample_takes_from_every_file(tmp_path):
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_bytes(lines([name * 1000] * 400))
@@ -202,3 +213,52 @@ def test_sample_stays_below_max_bytes(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(lines(["a" * 10] * 5))
     (tmp_path / "b.jsonl").write_bytes(lines(["b" * 10] * 5))
     assert {d.text[0] for d in source(tmp_path, max_bytes=50).sample(1000)} == {"a"}
+
+
+def write_all_formats(folder):
+    """Five files with broken, short, too large and good records, the last of each file a broken one."""
+    bad = [b"not json\n", b'{"text": "\xff"}\n']
+    for name, pack in (("a.jsonl", bytes), ("b.jsonl.gz", gzip.compress), ("c.jsonl.zst", zstandard.compress)):
+        good = lines([f"{name} {i}" * (1 + i % 5) for i in range(9)] + ["s", "L" * 200]).splitlines(keepends=True)
+        (folder / name).write_bytes(pack(b"".join([good[0], bad[0], b"\n", *good[1:6], bad[1], *good[6:], bad[0]])))
+    table([f"row {i}" for i in range(11)] + ["s", None], folder / "d.parquet", row_group_size=3)
+    (folder / "e.txt").write_text("the last one")
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_bytes": 700}])
+def test_every_cursor_goes_on_as_if_there_had_been_no_stop(tmp_path, settings):
+    write_all_formats(tmp_path)
+    settings = dict(min_bytes=3, max_document_bytes=150, **settings)
+    whole = source(tmp_path, **settings)
+    found, cursors = [], [{}]
+    for document in whole:
+        found.append(document)
+        cursors.append(json.loads(json.dumps(whole.cursor)))
+    assert len(found) > 20 and (settings.get("max_bytes") or len(found) == 39)
+    for i, cursor in enumerate(cursors):
+        again = source(tmp_path, **settings)
+        assert list(again.after(cursor)) == found[i:]
+        assert again.skipped() == whole.skipped() and again.done == pytest.approx(whole.done)
+
+
+def test_a_cursor_counts_broken_documents_before_it(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(lines(["one"]) + b"bad\n" + lines(["two"]) + b"bad\n" * 2)
+    whole = source(tmp_path, max_broken=2)
+    reading = iter(whole)
+    next(reading), next(reading)
+    with pytest.raises(ValueError, match="line 5: .*broken document 3"):
+        list(source(tmp_path, max_broken=2).after(whole.cursor))
+
+
+@pytest.mark.parametrize("name, data, said", [
+    ("a.jsonl", lines(["x" * 101]), r"101 bytes, and data.max_document_bytes=100"),
+    ("a.jsonl", lines(["x" * 100_000]), r"a line of more than 800 bytes"),
+    ("a.txt", b"x" * 101, r"more than 100 bytes, and data.max_document_bytes=100"),
+])
+def test_documents_over_the_limit_are_broken(tmp_path, caplog, name, data, said):
+    (tmp_path / name).write_bytes(data)
+    (tmp_path / "z.jsonl").write_bytes(data * (name == "a.jsonl") + lines(["é" * 50, "after"]))
+    assert [d.text for d in source(tmp_path, max_document_bytes=100)] == ["é" * 50, "after"]
+    assert said in caplog.text and "skipped" in caplog.text
+    with pytest.raises(ValueError, match="broken document 1 and data.max_broken=0|no record can be read; line 1"):
+        list(source(tmp_path, max_document_bytes=100, max_broken=0))

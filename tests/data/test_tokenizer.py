@@ -110,7 +110,7 @@ def test_lossy_foreign_tokenizers_are_announced(tmp_path, texts, tokenizer, capl
 
 
 def test_foreign_files_are_refused(tmp_path, texts):
-    with pytest.raises(ValueError, match="tokenizer.path=.*none.model cannot be read: No such file"):
+    with pytest.raises(ValueError, match="tokenizer.path=.*none.model cannot be read: .*none.model: No such file"):
         Tokenizer.load(tmp_path / "none.model")
     (tmp_path / "text.model").write_text("no model")
     with pytest.raises(ValueError, match="is not a SentencePiece model"):

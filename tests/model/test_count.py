@@ -169,3 +169,11 @@ def test_keys_a_query_sees_at_64k():
     S, geometry = 65536, AttentionConfig().geometry()
     pairs = compressed_pairs(S, geometry), selected_pairs(S, geometry), window_pairs(S, 512), window_pairs(S, S)
     assert [p / S for p in pairs] == pytest.approx([2047, 1016 - 31, 510, 32768.5], abs=1)
+
+
+def test_an_nsa_layer_counts_as_full_up_to_dense_len(model, attention):
+    model, full = model(), attention("full")
+    config = attention("nsa", dense_len=500, output_gate=True)
+    assert flops_per_token(model, config, 61, 500) == flops_per_token(model, full, 61, 500)
+    assert flops_per_token(model, config, 61, 501) == flops_per_token(model, attention("nsa"), 61, 501)
+    assert count_parameters(model, config, 61) == count_parameters(model, attention("nsa"), 61)

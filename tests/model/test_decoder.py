@@ -4,7 +4,10 @@ import torch
 from sieve.model.config import LossConfig
 
 ATTENTION = [("full", {}), ("window", {}), ("nsa", {}), ("nsa", {"layers": ("nsa", "full"), "share_kv": True})]
-HEALTH = {"gate_cmp", "gate_slc", "gate_win", "selected_distance", "forced_share", "selection_overlap"}
+HEALTH = {
+    "gate_cmp", "gate_slc", "gate_win", "saturated_cmp", "saturated_slc", "saturated_win", "selected_distance",
+    "forced_share", "selection_overlap", "selection_entropy", "never_selected",
+}
 LENGTHS = [87, 33, 70, 1, 65]
 
 

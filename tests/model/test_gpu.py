@@ -56,6 +56,7 @@ def test_bf16_on_cuda_against_fp32_on_the_cpu(decoder, rows, autocast):
     assert torch.cosine_similarity(a, b, dim=0) > 0.98
 
 
+@pytest.mark.parametrize("decoder", ["window", "nsa"], indirect=True)  # FlashAttention-2's dq differs from run to run
 def test_two_runs_are_bit_equal(decoder, rows):
     decoder.to("cuda", torch.bfloat16)
     (one, first), (two, second) = (gradients(decoder, rows, "cuda") for _ in range(2))

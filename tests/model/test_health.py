@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -24,6 +26,10 @@ def test_by_hand(pack):
         "forced_share": 10 / 11,
         # 1 of 1 | 1 of 2 | 2 of 2 | 2 of 3 | 1 of 1; the first query of a document has no predecessor
         "selection_overlap": (1 + 1 / 2 + 1 + 2 / 3 + 1) / 5,
+        # the second head's gates are exactly 0
+        "saturated_cmp": 0.5, "saturated_slc": 0.5, "saturated_win": 0.5,
+        # one free choice: block 1, which is the only one that ever was free
+        "selection_entropy": 0.0, "never_selected": 0.0,
     })
     assert all(v.dtype == torch.float32 and v.dim() == 0 for v in health.values())
 
@@ -32,3 +38,17 @@ def test_documents_of_one_token(pack):
     indices = torch.tensor([0, -1, -1], dtype=torch.int32).expand(3, 2, 3)
     health = nsa_health(torch.full((3, 4, 3), 0.5), indices, pack([1, 1, 1]), GEOMETRY)
     assert health["selection_overlap"] == 0 and health["selected_distance"] == 0 and health["forced_share"] == 1
+
+
+def test_free_choices(pack):
+    """Documents of 16 and 3 tokens, blocks of 2, two groups: of the first's blocks 0..7, 1..6 can be chosen freely."""
+    indices = torch.full((19, 2, 3), -1, dtype=torch.int32)
+    position = torch.cat([torch.arange(16), torch.arange(3)])
+    indices[:, :, 0] = 0
+    indices[:, :, 1] = torch.where(position >= 2, position // 2, -1)[:, None]
+    indices[10, 0, 2], indices[12, 0, 2] = 2, 4  # group 0: 3 and 2 blocks back
+    indices[14, 1, 2], indices[15, 1, 2] = 4, 5  # group 1: 3 and 2 blocks back
+    health = nsa_health(torch.full((19, 4, 3), 0.5), indices, pack([16, 3]), GEOMETRY)
+    assert health["selection_entropy"].item() == pytest.approx(math.log(2) / math.log(6))
+    assert health["never_selected"].item() == pytest.approx(8 / 12)
+    assert health["saturated_win"] == 0

@@ -1,11 +1,15 @@
 """The NSA layer's wiring against the paper's formulas, one query, head and block at a time."""
 
 import math
+import os
 
 import pytest
 import torch
 
+from sieve.kernels.nsa.layout import Packing
+from sieve.model.attention import Attention
 from sieve.model.context import Context
+from sieve.model.health import NAMES
 from sieve.model.nsa import NSA, Phi
 from sieve.model.rope import rotate, rotation
 
@@ -140,6 +144,77 @@ def test_collect_reports_health(model, attention, pack):
         out, aux = layer(x, context=Context.of(cfg, config, packing, collect=True))
     assert torch.equal(plain, out)
     assert set(aux["health"]) == {
-        "gate_cmp", "gate_slc", "gate_win", "selected_distance", "forced_share", "selection_overlap",
+        "gate_cmp", "gate_slc", "gate_win", "saturated_cmp", "saturated_slc", "saturated_win", "selected_distance",
+        "forced_share", "selection_overlap", "selection_entropy", "never_selected",
     }
     torch.testing.assert_close(aux["health"]["gate_slc"], torch.sigmoid(layer.gate(x)).view(40, 4, 3)[..., 1].mean())
+
+
+def full_twin(layer, model, config):
+    """An Attention layer with the weights that it shares with an NSA layer by name."""
+    twin = Attention(model, config.model_copy(update={"type": "full"}), None)
+    twin.load_state_dict({name: layer.state_dict()[name] for name in twin.state_dict()})
+    return twin
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": True, "share_kv": True}], ids=str)
+def test_up_to_dense_len_it_is_its_full_attention_twin(model, attention, pack, changes):
+    config, cfg = attention(dense_len=70, **changes), model()
+    layer = layer_of(cfg, config)
+    twin = full_twin(layer, cfg, config)
+    x = torch.randn(sum(LENGTHS), 32)
+    context = Context.of(cfg, config, pack(LENGTHS), collect=True)
+    out, aux = layer(x, context=context)
+    want, _ = twin(x, context=context)
+    assert torch.equal(out, want)
+    out.square().sum().backward()
+    want.square().sum().backward()
+    shared = dict(twin.named_parameters())
+    for name, p in layer.named_parameters():
+        assert torch.equal(p.grad, shared[name].grad if name in shared else torch.zeros_like(p)), name
+    assert set(aux["health"]) == set(NAMES) and all(value.isnan() for value in aux["health"].values())
+
+
+def test_one_longer_document_makes_it_sparse(model, attention, pack):
+    cfg, x = model(), torch.randn(sum(LENGTHS), 32)
+    layer = layer_of(cfg, attention())
+    outs = [layer(x, context=Context.of(cfg, attention(dense_len=n), pack(LENGTHS)))[0] for n in (0, 69, 70)]
+    assert torch.equal(outs[0], outs[1]) and not torch.allclose(outs[0], outs[2])
+
+
+def test_save_outputs_is_handed_on(model, attention, pack, monkeypatch):
+    from sieve.model import nsa
+
+    seen = []
+    original = nsa.nsa_attention
+    monkeypatch.setattr(nsa, "nsa_attention", lambda *a, **k: seen.append(k["save_outputs"]) or original(*a, **k))
+    for keep in (True, False):
+        config, cfg = attention(save_outputs=keep), model()
+        layer_of(cfg, config)(torch.randn(20, 32), context=Context.of(cfg, config, pack([20])))
+    assert seen == [True, False]
+
+
+@pytest.mark.parametrize("device", [
+    pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no interpreter")),
+    pytest.param("cuda", marks=pytest.mark.gpu),
+])  # fmt: skip
+def test_the_layer_compiles_in_one_graph(model, attention, pack, device):
+    """Projections, phi, the Triton operator and gates, forward and backward."""
+    pytest.importorskip("triton")
+    config, cfg = attention(impl="triton"), model(head_dim_qk=16, head_dim_v=16)
+    layer = layer_of(cfg, config).to(device)
+    x = torch.randn(12, 32, device=device, requires_grad=True)
+    packing = pack([9, 3])
+    packing = Packing(*(getattr(packing, n).to(device) for n in ("cu_seqlens", "doc", "position")), packing.max_seqlen)
+    context = Context.of(cfg, config, packing)
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda x: layer(x, context=context)[0], fullgraph=True, backend="aot_eager" if device == "cpu" else "inductor"
+    )
+    (eager, want), (out, got) = (
+        (y, torch.autograd.grad(y.square().sum(), [x, *layer.parameters()]))
+        for y in (layer(x, context=context)[0], compiled(x))
+    )
+    torch.testing.assert_close(out, eager, rtol=1e-4, atol=1e-5)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)

@@ -31,7 +31,10 @@ def test_the_floor_at_64k_is_the_known_one():
 
 def test_arguments(capsys):
     assert bench_attention._arguments(["attention", "--quick"]).lengths == "8192,65536"
-    for wrong in (["--rivals", "fa9"], ["--inputs", "real"], ["--only", "all"], ["decoding"]):
+    for wrong in (
+        ["--shapes", "64/4/128"], ["--lengths", "8k"], ["--rivals", "fa9"], ["--inputs", "real"], ["--only", "all"],
+        ["decoding"],
+    ):
         with pytest.raises(SystemExit):
             bench_attention._arguments(wrong)
         assert "usage" in capsys.readouterr().err
@@ -53,3 +56,43 @@ def test_sweep_varies_the_table():
     table = Tile(128, 64, 8, 3)
     found = candidates(table)
     assert found[0] == table and len(found) == len(set(found)) > 20
+
+
+def test_crossover_is_where_the_gain_changes_sign():
+    pytest.importorskip("triton")
+    from sieve.scripts.bench.report import crossovers
+
+    def row(tokens, ours, theirs, rival="fa4"):
+        sides = {"ours, random": {"ms": ours / 2}, "fa4": {"ms": theirs / 2}, "fla": {"error": "none"}}
+        return {"shape": "a", "tokens": tokens, "whole": [*sides], "rival": rival, "forward": sides, "backward": sides}
+
+    slower, faster = row(4096, 2.0, 1.0), row(16384, 2.0, 4.0)
+    assert crossovers([faster, slower])["a"]["ours, random"] == pytest.approx(8192)
+    assert crossovers([slower])["a"] == {"ours, random": "above 4096"}
+    assert crossovers([faster])["a"] == {"ours, random": "below 16384"}
+    assert crossovers([row(4096, 1.0, 1.0, None)]) == {}
+
+
+def test_a_wrong_shape_is_not_timed(monkeypatch, capsys, tmp_path):
+    pytest.importorskip("triton")
+    from sieve.scripts.bench import check, report, timing
+
+    good, bad = Shape(16, 4, 128, 128), Shape(16, 8, 64, 64)
+    found = {
+        good: {"random": {"out": 1e-3, "same_selection": 1.0}, "structured": "NaN"},
+        bad: {"random": "no", "structured": "no"},
+    }
+    timed = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(check, "check_shapes", lambda shapes, *_: {shape: found[shape] for shape in shapes})
+    monkeypatch.setattr(report, "origin", lambda argv: {"gpu": "none", "command": "test", "commit": "0"})
+    monkeypatch.setattr(report, "plot", lambda *_: None)
+    monkeypatch.setattr(timing, "measure_ceilings", lambda: timing.Ceilings(1.0, 1.0))
+    monkeypatch.setattr(bench_attention, "_row", lambda shape, tokens, geometry, kinds, *_: timed.append((shape, kinds)) or {
+        "shape": str(shape), "tokens": tokens, "whole": [], "rival": None, "forward": {}, "backward": {}
+    })
+    argv = ["--shapes", f"{bad},{good}", "--lengths", "4096", "--out", str(tmp_path)]
+    assert bench_attention.main(argv) == 1
+    assert timed == [(good, ["random"])]
+    assert "16/8/64/64, random is WRONG and is not timed: no" in capsys.readouterr().err

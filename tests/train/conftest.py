@@ -131,6 +131,28 @@ def tiny_text(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     ]
 
 
+@pytest.fixture(scope="session")
+def mixture(tiny_text, tmp_path_factory) -> list[str]:
+    """tiny_text as one of two sources, with a phase of longer rows, fewer of them, packed by best fit, from 600 tokens
+    on: after 3 steps."""
+    folder = tmp_path_factory.mktemp("other")
+    random = np.random.default_rng(1)
+    for number, length in enumerate(random.integers(5, 300, 40)):
+        (folder / f"{number:02d}.txt").write_text(" ".join(random.choice(["ab", "cde", "fg", "hij"], size=length)) + "\n")
+    own = [text for text in tiny_text if text.startswith("data.") and "cache" not in text]
+    sources = {"letters": own[0].partition("=")[2].strip("[]'"), "pairs": str(folder)}
+    settings = ",".join(
+        f"{name}:{{type:files,paths:['{path}'],validation_fraction:0.1,weight:{weight}}}"
+        for (name, path), weight in zip(sources.items(), (0.75, 0.25))
+    )
+    phase = "{from_tokens:600,seq_len:128,global_batch:6,micro_batch:1,packing:best_fit,rope_factor:2," \
+            "weights:{letters:0.5,pairs:0.5},upsample:{100:2.0}}"
+    return [
+        *(text for text in tiny_text if text not in own and text != "data=files"), f"data.sources={{{settings}}}",
+        f"data.phases=[{phase}]", "data.name=mixture", "eval.rows=2",
+    ]
+
+
 @pytest.fixture
 def one_rank() -> Iterator[Place]:
     """This process as the only one, on one CPU thread, with the process group open until the last test is over.

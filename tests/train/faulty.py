@@ -104,7 +104,7 @@ def in_build(original: Callable, *args: Any) -> Any:
 
 
 wrap(loop, "train_step", train_step)
-wrap(build, "build_stores", in_build)
+wrap(build, "build_corpus", in_build)
 wrap(saver, "write_bytes", in_save)
 _evaluate = Engine.evaluate
 Engine.evaluate = lambda self, batch: in_validation(_evaluate, self, batch)

@@ -81,7 +81,7 @@ def test_a_mistake_ends_with_code_2_and_no_traceback(arguments, capsys, tmp_path
 
 
 def test_what_others_raise_is_no_mistake_of_the_user(monkeypatch, tiny_text, tmp_path, one_rank):
-    monkeypatch.setattr("sieve.train.build.build_stores", lambda *arguments: json.loads("{"))
+    monkeypatch.setattr("sieve.train.build.build_corpus", lambda *arguments: json.loads("{"))
     with pytest.raises(json.JSONDecodeError):
         train([*tiny_text, f"runs_dir={tmp_path}", "steps=1"])
 

@@ -40,7 +40,15 @@ def test_the_length_of_a_run():
     assert load_config([*step, "tokens=200"]).total_steps == 1
     assert load_config([*step, "tokens=201"]).total_steps == 2
     assert load_config([*step, "steps=5"]).total_steps == 5
-    assert load_config(step).tokens_per_step == 200
+    assert load_config(step).phases[0].tokens_per_step == 200
+
+
+def test_the_length_of_a_run_with_phases():
+    step = ["global_batch=2", "seq_len=100", "data.phases=[{from_tokens:450,seq_len:400,global_batch:1}]"]
+    assert load_config([*step, "tokens=400"]).total_steps == 2
+    assert load_config([*step, "tokens=600"]).total_steps == 3
+    assert load_config([*step, "tokens=601"]).total_steps == 4
+    assert load_config([*step, "tokens=1400"]).total_steps == 5
 
 
 def test_resume_takes_a_step_as_a_number():
@@ -53,3 +61,7 @@ def test_a_config_is_frozen_and_closed():
         config.seed = 1
     with pytest.raises(ValidationError):
         RunConfig.of(config.dump() | {"sed": 1})
+
+
+def test_dense_len_concerns_nsa_layers_alone():
+    assert load_config(["zero=3", "attention=full", "attention.dense_len=64"]).attention.dense_len == 64

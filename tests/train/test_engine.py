@@ -113,6 +113,27 @@ def test_losses_norms_and_weights_are_those_of_a_plain_loop(stage, dtype, one_ra
     engine.close()
 
 
+@pytest.mark.parametrize(("stage", "dtype"), FP32)
+def test_steps_may_have_other_numbers_of_micro_batches(stage, dtype, one_rank):
+    engine, module = engine_of(one_rank, stage, dtype), decoder()
+    optimizer = adamw(module, OptimConfig(lr=LR), torch.device("cpu"))
+    for step, count in enumerate((2, 3, 1, 1, 2)):
+        batches = [batch(10 * step + i) for i in range(count)]
+        labelled = sum(int((b.labels != -100).sum()) for b in batches)
+        engine.enter(0, count)
+        for each in batches:
+            engine.backward(engine.forward(each).loss_sum / labelled)
+        norm = float(engine.update(LR))
+        outs = [module(b.tokens, b.labels, Packing.of(b.cu_seqlens, 96, 30)) for b in batches]
+        (sum(out.loss_sum for out in outs) / labelled).backward()
+        assert norm == pytest.approx(float(torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)), abs=1e-5)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, after in masters(engine).items():
+        torch.testing.assert_close(after, dict(module.named_parameters())[name], rtol=0, atol=5e-5)
+    engine.close()
+
+
 @pytest.mark.parametrize(("stage", "dtype"), BF16)
 def test_bf16_keeps_the_exact_fp32_weights(stage, dtype, one_rank):
     engine = engine_of(one_rank, stage, dtype)

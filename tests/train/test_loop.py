@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from sieve.train.overrides import load_config
@@ -65,6 +66,23 @@ def test_the_loss_does_not_depend_on_micro_batches(rows, tiny_text, tmp_path):
             assert ours["data/tokens_hash"] == theirs["data/tokens_hash"]
             for key in {"train/loss", "train/grad_norm", "eval/loss"} & theirs.keys():
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+
+
+def test_up_to_dense_len_an_nsa_run_is_its_full_attention_twin(tiny_text, tmp_path, one_rank):
+    dense = train(tiny_text, tmp_path, "dense", "attention=nsa", "attention.dense_len=64")
+    full = train(tiny_text, tmp_path, "full", "attention=full")
+    for ours, theirs in zip(dense, full, strict=True):
+        assert ours["train/loss"] == pytest.approx(theirs["train/loss"], rel=1e-6)
+        assert ours["train/grad_norm"] == pytest.approx(theirs["train/grad_norm"], rel=1e-5)
+        assert not any(key.startswith("nsa/") for key in ours)
+
+
+def test_health_is_the_mean_over_the_sparse_micro_batches():
+    from sieve.train.loop import _mean_of_known
+
+    nan = torch.tensor(float("nan"))
+    assert _mean_of_known([torch.tensor(1.0), nan, torch.tensor(2.0)]).item() == 1.5
+    assert _mean_of_known([nan, nan]).isnan()
 
 
 def test_the_run_directory_describes_the_run(rows, tmp_path):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
+from sieve.eval.config import NeedleConfig, RecallConfig, SyntheticTask
 from sieve.model.config import Config
 from sieve.train.callbacks.callback import Callback
 
@@ -14,22 +15,26 @@ if TYPE_CHECKING:
     from sieve.train.state import RunState
 
 
+Evaluation = Callable[["RunState", Callable[[], None]], dict[str, float] | None]
+
+
 class EvalConfig(Config):
     every: int = Field(200, ge=0, description="steps from one evaluation to the next, and at the end; 0: never")
     rows: int | None = Field(64, gt=0, description="rows of seq_len tokens of the validation text; null: all of it")
+    tasks: tuple[SyntheticTask, ...] = Field((), description="synthetic tasks measured along with the loss")
+    needle: NeedleConfig = NeedleConfig()
+    recall: RecallConfig = RecallConfig()
 
 
 class Evaluate(Callback):
-    """Evaluates by `evaluate(alive)`, which returns eval/* metrics, every `every` steps and at the last one. It calls
+    """Evaluates by `evaluate(run, alive)`, which returns eval/* metrics, every `every` steps and at the last one. It calls
     `alive()` as it goes, and returns None when it was cut short because the run is to stop.
 
     A run that is told to stop saves at once and owes an evaluation that falls on that step: it is made up for when
     the run goes on, with the same weights. Hence also `run.evaluated_step`, which the checkpoints carry.
     """
 
-    def __init__(
-        self, config: EvalConfig, evaluate: Callable[[Callable[[], None]], dict[str, float] | None], listeners: Callback
-    ) -> None:
+    def __init__(self, config: EvalConfig, evaluate: Evaluation, listeners: Callback) -> None:
         self.config, self.evaluate, self.listeners = config, evaluate, listeners
 
     def start(self, run: RunState) -> None:
@@ -44,7 +49,7 @@ class Evaluate(Callback):
         return self.config.every > 0 and (run.step % self.config.every == 0 or run.step == run.total_steps)
 
     def _evaluate(self, run: RunState) -> None:
-        metrics = self.evaluate(lambda: self.listeners.waiting(run))
+        metrics = self.evaluate(run, lambda: self.listeners.waiting(run))
         if metrics is None:
             run.stopping = True
             return

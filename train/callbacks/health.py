@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from sieve.train.callbacks.callback import Callback
@@ -17,5 +18,6 @@ class Health(Callback):
     def step(self, run: RunState, record: dict | None) -> None:
         if record is None:
             return
-        record.update({name: float(value) for name, value in run.health.items()})
+        health = {name: float(value) for name, value in run.health.items()}
+        record.update({name: value for name, value in health.items() if not math.isnan(value)})  # NaN: dense layers
         record.update(moe_metrics(run.expert_load, run.router_bias))

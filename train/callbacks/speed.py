@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,11 +24,12 @@ class Speed(Callback):
     evaluation or the checkpoint after it. Compilation is inside the first records: whoever wants a steady number takes
     the median and leaves the first ones out, as `sieve compare` does.
 
-    flops_per_token, dense_flops_per_token: training FLOPs of the model, and of the same model with full attention.
+    flops_per_token, dense_flops_per_token: training FLOPs of the model, and of the same model with full attention, in
+    each phase of the run.
     """
 
     def __init__(
-        self, device: torch.device, flops_per_token: float, dense_flops_per_token: float,
+        self, device: torch.device, flops_per_token: Sequence[float], dense_flops_per_token: Sequence[float],
         *, clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.device = device
@@ -53,7 +54,7 @@ class Speed(Callback):
         record["perf/step_seconds"] = self.seconds / self.steps
         if self.peak is not None:
             for name, flops in self.flops.items():
-                record[name] = mfu(flops, rate, self.peak, run.world_size)
+                record[name] = mfu(flops[run.phase], rate, self.peak, run.world_size)
         record["perf/peak_memory_bytes"] = peak_memory_bytes(self.device)
         self.seconds, self.steps, self.tokens = 0.0, 0, run.tokens
 

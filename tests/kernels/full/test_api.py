@@ -5,6 +5,7 @@ import logging
 import pytest
 import torch
 
+from sieve.kernels.common import log
 from sieve.kernels.full import api
 from sieve.kernels.full.reference import causal_attention
 from sieve.kernels.full.sdpa import sdpa_attention
@@ -124,7 +125,7 @@ def test_a_packing_of_another_row(packed):
 
 
 def test_auto_says_once_what_it_chose(packed, caplog):
-    api._log_once.cache_clear()
+    log._log.cache_clear()
     q, k, v = (torch.zeros(12, n, 4) for n in (4, 2, 2))
     with caplog.at_level(logging.INFO, logger=api.__name__):
         for window in (None, 4, None, 4):
@@ -159,3 +160,61 @@ def test_auto_on_the_gpu_does_not_wait_for_it(packed):
         torch.autograd.grad(api.attention(*qkv, packing, scale=0.1), qkv, cotangent)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_traces_to_one_graph_as_on_a_gpu(window):
+    """Through fake CUDA tensors, which need no GPU; what is chosen is logged from within the trace too."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from sieve.kernels.nsa.layout import Packing
+
+    graphs = []
+    with FakeTensorMode():
+        q, k, v = (torch.empty(12, n, 64, device="cuda", dtype=torch.bfloat16) for n in (4, 2, 2))
+        cu, at = (torch.empty(n, device="cuda", dtype=torch.int32) for n in (3, 12))
+        packing = Packing(cu, at, at, 8)
+
+        def call(q, k, v):
+            return api.attention(q * 1, k, v, packing, scale=0.1, window=window)
+
+        torch._dynamo.reset()
+        backend = lambda graph, _: graphs.append(graph) or graph.forward  # noqa: E731
+        out = torch.compile(call, fullgraph=True, backend=backend)(q, k, v)
+    assert out.shape == (12, 4, 64) and len(graphs) == 1
+    assert any("varlen" in str(node.target) for node in graphs[0].graph.nodes)
+
+
+def test_the_compiler_breaks_its_graph_around_plain_pytorch(packed):
+    """Which reads the documents' lengths on the host."""
+    qkv, cotangent = leaves([7, 5])
+    packing = packed([7, 5])
+
+    def call(q, k, v):
+        return api.attention(q * 2, k, v, packing, scale=0.4) * 3
+
+    torch._dynamo.reset()
+    eager, compiled = (f(*qkv) for f in (call, torch.compile(call, backend="aot_eager")))
+    assert torch.equal(eager, compiled)
+    for a, b in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in (eager, compiled))):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim_v", [64, 96])
+def test_compiles_in_one_graph_on_the_gpu(packed, dim_v):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def call(packing, q, k, v):
+        return api.attention(q * 1.0, k, v, packing, scale=0.1) * 2.0
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(call, fullgraph=True, backend=counter)
+    for lengths in ([300, 212], [100, 500, 1], [77, 600]):
+        qkv, cotangent = leaves(lengths, 8, 2, 64, dim_v, torch.bfloat16, device="cuda")
+        outs = [f(packed(lengths, "cuda"), *qkv) for f in (call, compiled)]
+        assert torch.equal(*outs)
+        for a, b in zip(*(torch.autograd.grad(out, qkv, cotangent) for out in outs)):
+            assert ((a - b).norm() / a.norm()).item() < 1e-2  # FlashAttention's own backward need not repeat
+    assert counter.frame_count == 2

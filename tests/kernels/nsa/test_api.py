@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 
+from sieve.kernels.common import log
 from sieve.kernels.nsa import api, reference
 from sieve.kernels.nsa.geometry import Geometry
 
@@ -27,17 +28,17 @@ def inputs(nsa_inputs):
 @pytest.fixture
 def fake_triton(monkeypatch):
     """A Triton module that records its calls."""
-    module = types.ModuleType("fake_triton_ops")
+    module = types.ModuleType(api.TRITON_MODULE)
     module.__spec__ = importlib.machinery.ModuleSpec(module.__name__, None)
     module.calls = []
 
-    def nsa_attention(*args, **kw):
-        module.calls.append((args, kw))
-        return reference.nsa_attention(*args, **kw)
+    def nsa_attention(*args, scale, save_outputs):
+        module.calls.append((args, scale, save_outputs))
+        return reference.nsa_attention(*args, scale=scale)
 
     module.nsa_attention = nsa_attention
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(api, "TRITON_MODULE", module.__name__)
+    monkeypatch.setitem(sys.modules, api.TRITON_MODULE, module)
+    monkeypatch.setattr("sieve.kernels.nsa.triton_ops", module, raising=False)
     return module
 
 
@@ -86,7 +87,7 @@ def test_an_unknown_implementation(inputs):
 
 
 def test_auto_says_once_what_it_chose(inputs, caplog):
-    api._log_once.cache_clear()
+    log._log.cache_clear()
     with caplog.at_level(logging.INFO, logger=api.__name__):
         for _ in range(3):
             api.nsa_attention(**inputs)
@@ -100,8 +101,10 @@ def test_triton_needs_a_gpu_or_the_interpreter(inputs, fake_triton, monkeypatch)
         api.nsa_attention(**inputs, impl="triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     api.nsa_attention(**inputs, impl="triton")
-    (args, kw), = fake_triton.calls
-    assert len(args) == 10 and kw == {"scale": inputs["scale"]}
+    api.nsa_attention(**inputs, impl="triton", save_outputs=False)
+    assert [(len(args), *rest) for args, *rest in fake_triton.calls] == [
+        (10, inputs["scale"], True), (10, inputs["scale"], False),
+    ]
 
 
 def test_triton_says_what_it_lacks(fake_triton, monkeypatch):
@@ -114,7 +117,7 @@ def test_triton_says_what_it_lacks(fake_triton, monkeypatch):
 
 
 def test_auto_on_cuda_takes_triton_where_it_can(fake_triton, monkeypatch, caplog):
-    api._log_once.cache_clear()
+    log._log.cache_clear()
     cuda = torch.device("cuda")
     with caplog.at_level(logging.INFO, logger=api.__name__):
         assert api.resolve_impl("auto", cuda, torch.bfloat16) == "triton"

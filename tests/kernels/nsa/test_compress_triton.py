@@ -232,7 +232,7 @@ def test_on_the_gpu(case, dtype, dense, poison):
     yardstick = plain(*inputs, packing, geo, dense, dtype)
     for got, want, same in zip((o, *grads), exact, yardstick):
         for ours, theirs in zip(dense.relative_errors(got, want), dense.relative_errors(same, want)):
-            assert ours <= 2 * theirs + 1e-6
+            assert ours <= 2 * theirs + 2e-6  # fp32: exp2 is good to 2 ulp
     again = run(*inputs, packing, geo)
     for a, b in zip((o, lse, *grads), again):
         assert torch.equal(a, b)

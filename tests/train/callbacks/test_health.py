@@ -6,7 +6,8 @@ from sieve.train.callbacks.health import Health
 
 def test_records_get_plain_numbers(make_state) -> None:
     state = make_state(
-        health={"nsa/layer_01/gate_cmp": torch.tensor(0.25)}, expert_load={2: torch.tensor([1.0, 3.0])},
+        health={"nsa/layer_01/gate_cmp": torch.tensor(0.25), "nsa/layer_02/gate_cmp": torch.tensor(float("nan"))},
+        expert_load={2: torch.tensor([1.0, 3.0])},
         router_bias={2: torch.tensor([0.0, 2.0])},
     )
     record: dict = {"step": 1}

@@ -64,7 +64,7 @@ def drive(
     )
     recorder = Recorder()
     callbacks = Callbacks([
-        Evaluate(EvalConfig(every=every_eval), lambda alive: None if cut else {"eval/loss": 1.5}, recorder),
+        Evaluate(EvalConfig(every=every_eval), lambda run, alive: None if cut else {"eval/loss": 1.5}, recorder),
         Checkpoint(CheckpointConfig(every=every_save), saver or FakeSaver(), recorder),
     ])
     callbacks.start(run)

@@ -27,7 +27,7 @@ def clock() -> Clock:
 
 
 def test_means_over_the_steps_since_the_last_record(make_state, clock: Clock) -> None:
-    speed, state, record = Speed(torch.device("cpu"), 1.0, 1.0, clock=clock), make_state(), {}
+    speed, state, record = Speed(torch.device("cpu"), [1.0], [1.0], clock=clock), make_state(), {}
     speed.start(state)
     advance(speed, clock, state, 3.0, 100, None)
     advance(speed, clock, state, 1.0, 100, record)
@@ -38,7 +38,7 @@ def test_means_over_the_steps_since_the_last_record(make_state, clock: Clock) ->
 
 
 def test_evaluation_and_checkpoints_are_left_out(make_state, clock: Clock) -> None:
-    speed, state, record = Speed(torch.device("cpu"), 1.0, 1.0, clock=clock), make_state(), {}
+    speed, state, record = Speed(torch.device("cpu"), [1.0], [1.0], clock=clock), make_state(), {}
     speed.start(state)
     advance(speed, clock, state, 1.0, 100, None)
     clock.now += 50
@@ -50,17 +50,20 @@ def test_evaluation_and_checkpoints_are_left_out(make_state, clock: Clock) -> No
 
 
 def test_a_resumed_run_counts_only_its_own_tokens(make_state, clock: Clock) -> None:
-    speed, state, record = Speed(torch.device("cpu"), 1.0, 1.0, clock=clock), make_state(step=50, tokens=5000), {}
+    speed, state, record = Speed(torch.device("cpu"), [1.0], [1.0], clock=clock), make_state(step=50, tokens=5000), {}
     speed.start(state)
     advance(speed, clock, state, 2.0, 100, record)
     assert record["perf/tokens_per_second"] == pytest.approx(50.0)
 
 
 def test_mfu_only_where_the_peak_is_known(make_state, clock: Clock) -> None:
-    speed, state, record = Speed(torch.device("cpu"), 6e9, 9e9, clock=clock), make_state(world_size=2), {}
+    speed, state, record = Speed(torch.device("cpu"), [6e9, 1e9], [9e9, 2e9], clock=clock), make_state(world_size=2), {}
     speed.start(state)
     advance(speed, clock, state, 1.0, 1000, record)
     assert "perf/mfu" not in record and record["perf/peak_memory_bytes"] > 0
     speed.peak = 1e13
     advance(speed, clock, state, 1.0, 1000, record)
     assert record["perf/mfu"] == pytest.approx(0.3) and record["perf/mfu_dense_equivalent"] == pytest.approx(0.45)
+    state.phase = 1
+    advance(speed, clock, state, 1.0, 1000, record)
+    assert record["perf/mfu"] == pytest.approx(0.05) and record["perf/mfu_dense_equivalent"] == pytest.approx(0.1)

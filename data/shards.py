@@ -1,0 +1,159 @@
+"""Reads prepared tokens by memory map: many shards that look like one store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from sieve.data.cache import cache_root, locked
+from sieve.data.config import DataConfig, TokenizerConfig
+from sieve.data.progress import Progress
+from sieve.data.shard_files import (
+    FORMAT,
+    JOURNAL,
+    MANIFEST,
+    OFFSET,
+    TOKENIZER,
+    Shard,
+    dtype_of,
+    sha256,
+    write_json,
+)
+from sieve.data.tokenizer import Encoder
+from sieve.data.tokenizer_export import given_tokenizer, saved
+
+logger = logging.getLogger(__name__)
+
+HASHERS = 4  # threads; a disk is slower than so many
+
+
+class ShardedStore:
+    """The part `part` of a folder of shards, with the interface of TokenStore.
+
+    num_documents, num_tokens: counts. id: hex, equal for equal documents in equal order, however they are cut into
+    shards. A document is found by bisection of the shards' beginnings and one look into its shard's offsets. Files are
+    mapped when they are first touched.
+    """
+
+    def __init__(self, folder: Path, manifest: dict[str, Any], part: str):
+        about = manifest["parts"][part]
+        self.folder, self.manifest = folder / part, about
+        self._dtype = dtype_of(manifest["tokenizer"]["vocab_size"])
+        self.shards = [Shard(**shard) for shard in about["shards"]]
+        self._first = list(accumulate((shard.documents for shard in self.shards), initial=0))
+        self._maps: list[tuple[np.ndarray, np.ndarray] | None] = [None] * len(self.shards)
+        self.num_documents: int = self._first[-1]
+        self.num_tokens = sum(shard.tokens for shard in self.shards)
+        self.id: str = about["hash"]
+
+    def document(self, index: int) -> np.ndarray:
+        """Tokens of document `index` with its bos and eos: a view [length] of the map, in the store's dtype."""
+        tokens, offsets, i = self._at(index)
+        return tokens[offsets[i] : offsets[i + 1]]
+
+    def length(self, index: int) -> int:
+        """Tokens of document `index`."""
+        _, offsets, i = self._at(index)
+        return int(offsets[i + 1] - offsets[i])
+
+    def files(self) -> list[tuple[Path, int, str]]:
+        """(path, bytes, sha256) of every file, as the manifest says."""
+        return [file for shard in self.shards for file in shard.files(self.folder, self._dtype)]
+
+    def _at(self, index: int) -> tuple[np.ndarray, np.ndarray, int]:
+        if not 0 <= index < self.num_documents:
+            raise IndexError(f"document {index} is outside of {self.num_documents} documents")
+        number = bisect_right(self._first, index) - 1
+        maps = self._maps[number]
+        if maps is None:
+            (tokens, _, _), (offsets, _, _) = self.shards[number].files(self.folder, self._dtype)
+            # A plain array on the map: slices of np.memmap itself cost several times as much.
+            maps = np.memmap(tokens, self._dtype, "r").view(np.ndarray), np.memmap(offsets, OFFSET, "r").view(np.ndarray)
+            self._maps[number] = maps
+        return *maps, index - self._first[number]
+
+
+def open_shards(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Encoder, ShardedStore, ShardedStore]:
+    """The tokenizer, training and validation store of data.paths, verified as data.verify says.
+
+    Raises ValueError, naming the folder or file: if it is none or unfinished, if a shard's size or checksum is not the
+    manifest's, or if the run's own tokenizer (tokenizer.path) is another than that of the shards.
+    """
+    if len(data.paths) != 1:
+        raise ValueError(f"data.paths={list(data.paths)}: data=shards reads one folder, as {data.name} of sieve prepare")
+    folder = Path(data.paths[0]).expanduser()
+    manifest = read_manifest(folder)
+    encoder = saved(folder / TOKENIZER, manifest["tokenizer"])
+    given = given_tokenizer(tokenizer)
+    if given is not None and given.hash != encoder.hash:
+        raise ValueError(
+            f"data.paths={folder} was made with the tokenizer {encoder.hash}, and tokenizer.path={tokenizer.path} is "
+            f"{given.hash}; leave tokenizer.path out to use the shards' own, or prepare the text with this one"
+        )
+    train, validation = (ShardedStore(folder, manifest, part) for part in ("train", "validation"))
+    verify(folder, [*train.files(), *validation.files()], data.verify, data.cache_dir)
+    return encoder, train, validation
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a finished folder. ValueError if there is none, with what is there instead."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text())
+    except (OSError, ValueError) as error:
+        if (folder / JOURNAL).exists():
+            raise ValueError(f"{folder} is not finished; the same `sieve prepare` goes on with it") from error
+        there = sorted(p.name for p in folder.iterdir())[:8] if folder.is_dir() else None
+        found = "it does not exist" if there is None else f"it has {', '.join(there) or 'nothing'}"
+        raise ValueError(f"{folder} is no folder of `sieve prepare` ({MANIFEST}: {error}); {found}") from error
+    if manifest.get("format") != FORMAT:
+        raise ValueError(f"{folder} has format {manifest.get('format')}, this version reads {FORMAT}; prepare it anew")
+    return manifest
+
+
+def verify(
+    folder: Path, files: list[tuple[Path, int, str]], when: Literal["once", "always", "never"], cache_dir: str | None
+) -> None:
+    """ValueError for the first file that is not as the manifest says: its size always, its checksum as `when` says.
+
+    once: what was right on this machine, at the same size and time of change, is not read again. Of several processes
+    one reads and the others wait.
+    """
+    for path, size, _ in files:
+        found = path.stat().st_size if path.exists() else -1
+        if found != size:
+            raise ValueError(f"{path} has {found} bytes instead of {size} (-1: absent); prepare it anew or copy it again")
+    if when == "never":
+        return
+    name = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=10).hexdigest()
+    stamps = cache_root(cache_dir) / "verified" / f"{name}.json"
+    with locked(stamps):
+        known = json.loads(stamps.read_text()) if when == "once" and stamps.exists() else {}
+        todo = [file for file in files if known.get(str(file[0].resolve())) != _stamp(*file)]
+        if todo:
+            _compare(todo, folder)
+            write_json(stamps, known | {str(file[0].resolve()): _stamp(*file) for file in todo})
+
+
+def _stamp(path: Path, size: int, expected: str) -> list[Any]:
+    return [size, path.stat().st_mtime_ns, expected]
+
+
+def _compare(files: list[tuple[Path, int, str]], folder: Path) -> None:
+    total, done = sum(size for _, size, _ in files) or 1, 0
+    with Progress(f"verifying {folder}", unit="bytes") as bar, ThreadPoolExecutor(HASHERS) as pool:
+        for number, ((path, size, expected), found) in enumerate(zip(files, pool.map(sha256, [f[0] for f in files]))):
+            if found != expected:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise ValueError(
+                    f"{path} is damaged: sha256 {found} instead of {expected}; prepare it anew or copy it again"
+                )
+            done += size
+            bar.update(done / total, number + 1, done)

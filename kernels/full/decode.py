@@ -1,0 +1,55 @@
+"""Attention of new tokens over cached keys, full or windowed, each sequence of the batch at a length of its own."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from sieve.kernels.common.dense import attend, compute_dtype
+from sieve.kernels.full.sdpa import attend_fused, one_head_size
+
+Impl = Literal["auto", "sdpa", "reference"]
+IMPLS = ("auto", "sdpa", "reference")
+CHUNK = 128  # queries whose scores, or mask, are held at once
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, query: Tensor, key: Tensor, *, scale: float, window: int | None = None,
+    impl: Impl = "auto",
+) -> Tensor:
+    """q [B, n, H, Dqk], k [B, Hkv, m, Dqk], v [B, Hkv, m, Dv] -> [B, n, H, Dv] in q's dtype.
+
+    query int [B, n] and key int [B, m]: the tokens' positions in their sequence, -1 for a place that holds no key. A
+    query sees the keys up to its own position, the last `window` of them if given; one that sees none gets 0.
+    "auto" takes SDPA on a GPU, the reference on a CPU. Raises ValueError on shapes that do not fit together and on an
+    unknown impl.
+    """
+    B, n, H, Dqk = q.shape
+    Hkv, m, Dv = v.shape[1:]
+    if H % Hkv or tuple(k.shape) != (B, Hkv, m, Dqk) or v.shape[0] != B:
+        raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
+    if tuple(query.shape) != (B, n) or tuple(key.shape) != (B, m):
+        raise ValueError(f"positions must be {[B, n]} and {[B, m]}, got {list(query.shape)} and {list(key.shape)}")
+    if impl not in IMPLS:
+        raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
+    heads = q.unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, n, Dqk]
+    outs = []
+    for start in range(0, n, CHUNK):
+        at = query[:, start : start + CHUNK, None]  # [B, c, 1]
+        visible = (key[:, None] >= 0) & (key[:, None] <= at)
+        if window is not None:
+            visible &= key[:, None] > at - window
+        part = heads[:, :, :, start : start + CHUNK]
+        if impl == "reference" or impl == "auto" and q.device.type == "cpu":
+            dtype = compute_dtype(q)
+            o, _ = attend(part.to(dtype), k.to(dtype), v.to(dtype), visible[:, None, None], scale)
+        else:
+            padded = one_head_size(part, k[:, :, None], v[:, :, None])
+            some = visible.any(-1)
+            mask = visible | ~some[..., None]  # a row that sees nothing would be NaN
+            o = attend_fused(*padded, mask[:, None, None].expand(-1, Hkv, -1, -1, -1).flatten(0, 1), scale)[..., :Dv]
+            o = torch.where(some[:, None, None, :, None], o, 0.0)
+        outs.append(o.to(q.dtype))
+    return torch.cat(outs, 3).permute(0, 3, 1, 2, 4).flatten(2, 3)

@@ -1,0 +1,155 @@
+"""A suite from settings to files, on a random model; the loss on documents against the decoder's own."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from sieve.eval.config import SuiteConfig
+from sieve.eval.documents import document_loss, read_documents, stored_documents, token_loss_of
+from sieve.eval.health import probe, switch_losses
+from sieve.eval.load import Loaded, Text
+from sieve.eval.report import print_result, write_results
+from sieve.eval.runner import run_suite
+from sieve.kernels.nsa.layout import Packing
+
+LETTERS = Text(
+    lambda text: [b % 61 for b in text.encode()], lambda ids: "".join(chr(97 + i % 26) for i in ids), 1, 2,
+    torch.tensor([0, 0, 0, *[1] * 58]),
+)
+
+
+def documents(limit=None):
+    rng = np.random.default_rng(0)
+    return [np.array([1, *rng.integers(3, 61, n), 2]) for n in (5, 90, 200, 33)]
+
+
+class Stored:
+    """A store of these documents."""
+
+    def __init__(self, own):
+        self.num_documents, self.document = len(own), own.__getitem__
+
+
+def settings(**changes):
+    return SuiteConfig.model_validate({
+        "needle": {"lengths": [160, 200], "depths": [0, 1], "samples": 1, "digits": 2, "keys": 2},
+        "recall": {"pairs": [4], "lengths": [12], "samples": 2}, "batch_tokens": 300, **changes,
+    })
+
+
+def test_document_loss_equals_the_decoder_s(tiny):
+    decoder, bytes_of = tiny(), LETTERS.bytes_of
+    by_position, by_length = document_loss(token_loss_of(decoder), documents(), bytes_of, 100, 150)
+    total, count = 0.0, 0
+    lengths = {}
+    for document in documents():
+        own = 0.0
+        for start in range(0, len(document), 100):  # pieces of at most 100 tokens; labels reach into the next piece
+            piece = torch.from_numpy(document[start : start + 100])[None]
+            n = piece.shape[1]
+            logits = decoder.logits(piece, Packing.of(torch.tensor([0, n], dtype=torch.int32), n, n))[0]
+            wanted = torch.from_numpy(document[start + 1 : start + 101])
+            own += torch.nn.functional.cross_entropy(logits[: len(wanted)], wanted, reduction="sum").item()
+        total, count = total + own, count + len(document) - 1
+        lengths[2 ** (len(document).bit_length() - 1)] = own / (len(document) - 1) if len(document) != 35 else None
+    assert by_position.mean() == pytest.approx(total / count, rel=1e-5)
+    rows = {row["from"]: row for row in by_length.rows()}
+    assert list(rows) == [4, 32, 64, 128] and rows[128]["tokens"] == 201
+    for start in (4, 64, 128):
+        assert rows[start]["loss"] == pytest.approx(lengths[start], rel=1e-5)
+    assert sum(row["tokens"] for row in by_position.rows()) == count
+
+
+def test_documents_of_files(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdef")
+    (tmp_path / "b.txt").write_text("ghijkl")
+    found = list(read_documents([str(tmp_path)], LETTERS, 11))
+    assert [len(d) for d in found] == [8, 3] and found[0][0] == 1 and found[0][-1] == 2
+
+
+def test_all_of_it_to_files(tiny, tmp_path):
+    model = Loaded("m", tiny(), LETTERS, 128)
+    seen = []
+    results = run_suite(model, settings(suite="all"), {"text": documents}, report=seen.append)
+    assert [r.task for r in results] == list(settings(suite="all").suite) == [r.task for r in seen]
+    files = write_results(results, tmp_path / "out", "m", {"command": "x"})
+    names = {path.name for path in files}
+    assert names == {"results.json", "loss.png", "needle.png", "multikey.png", "passkey.png", "health.png", "switches.png",
+                     "report.html"}
+    data = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert 0 <= data["metrics"]["eval/mqar"] <= 1 and data["metrics"]["eval/loss"] > 0
+    assert "eval/needle_len_0160" in data["metrics"] and data["tasks"]["health"]["tables"]["health"][1]["layer"] == 1
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("data:image/png;base64,") == 6
+    from rich.console import Console
+
+    with (tmp_path / "log").open("w") as log:
+        for result in results:
+            print_result(result, Console(file=log, width=80))
+    assert "as trained" in (tmp_path / "log").read_text() and "mass_recalled" in (tmp_path / "log").read_text()
+
+
+def test_probe(tiny):
+    texts = [d.tolist() for d in documents()]
+    rows = probe(tiny(), texts)
+    assert [row["layer"] for row in rows] == [0, 1]
+    for row in rows:
+        assert 0 < row["mass_forced"] < row["mass_recalled"] < row["mass_oracle"] <= 1
+        # 202 tokens are 13 blocks, of which 4 are chosen, 3 of them forced: one free choice a query and group.
+        choices = sum(max(0, min(len(t), 1 << 30) - 3 * 16) for t in texts) * 2
+        assert sum(row["back"]) == choices
+    short = probe(tiny(), [[1, 5, 6, 2]])
+    assert short[0]["mass_recalled"] is None and short[0]["back"] == []
+
+
+def test_switches_change_the_loss(tiny):
+    rows = switch_losses(tiny(), documents(), LETTERS.bytes_of, 256, 1000, (13,))
+    found = {row["variant"]: row["gap"] for row in rows}
+    assert list(found)[0] == "as trained" and found["as trained"] == 0
+    assert found["topk 13"] == pytest.approx(found["full on selection's K/V"], abs=1e-5)
+    assert abs(found["without window"]) > 1e-3
+
+
+def test_sources_share_the_tokens_and_are_told_apart(tiny):
+    def others(limit=None):
+        return stored_documents(Stored(documents()[::-1]), limit)
+
+    def first(limit=None):
+        return stored_documents(Stored(documents()), limit)
+
+    loss = settings(suite=["loss"], loss={"max_tokens": 120})
+    model = Loaded("m", tiny(), LETTERS, 128)
+    (both,) = run_suite(model, loss, {"a": first, "b": others})
+    one, two = (
+        run_suite(model, settings(suite=["loss"], loss={"max_tokens": 60}), {"only": own})[0] for own in (first, others)
+    )
+    assert "loss by source" not in one.tables and "eval/only/loss" not in one.metrics
+    assert both.metrics["eval/a/loss"] == one.metrics["eval/loss"]
+    assert both.metrics["eval/b/loss"] == two.metrics["eval/loss"]
+    rows = {row["source"]: row["tokens"] for row in both.tables["loss by source"]}
+    weighed = (rows["a"] * one.metrics["eval/loss"] + rows["b"] * two.metrics["eval/loss"]) / sum(rows.values())
+    assert both.metrics["eval/loss"] == pytest.approx(weighed)
+
+
+def test_up_to_dense_len_there_is_no_selection_to_measure(tiny):
+    texts = {"text": documents}
+    for task in ("health", "switches"):
+        with pytest.raises(ValueError, match=f"{task}: no text has more than 100 tokens, and up to attention.dense_len=100 m"):
+            run_suite(Loaded("m", tiny(dense_len=100), LETTERS, 100), settings(suite=[task]), texts)
+    (health,) = run_suite(Loaded("m", tiny(dense_len=100), LETTERS, 128), settings(suite=["health"]), texts)
+    (without,) = run_suite(Loaded("m", tiny(), LETTERS, 128), settings(suite=["health"]), texts)
+    assert health.tables == without.tables  # one text is longer, which makes all of the call sparse
+
+
+def test_users_mistakes(tiny):
+    model = Loaded("m", tiny("full"), LETTERS, 128)
+    with pytest.raises(ValueError, match="loss needs text: give loss.source"):
+        run_suite(model, settings(suite=["loss"]), {})
+    with pytest.raises(ValueError, match="health is about NSA, and m has no NSA layer"):
+        run_suite(model, settings(suite=["health"]), {"text": documents})
+    with pytest.raises(ValueError, match="needle needs the model's tokenizer"):
+        run_suite(Loaded("m", tiny(), None, 128), settings(suite=["needle"]), {"text": documents})
+    with pytest.raises(ValueError, match="needl is no suite and no task; did you mean needle"):
+        settings(suite="needl")

@@ -1,0 +1,84 @@
+"""`sieve eval`, and the tasks that a run measures on the way."""
+
+import json
+
+import pytest
+import torch
+
+from sieve.train import evaluate
+from sieve.train.load import open_model
+from sieve.train.mistakes import ConfigError
+from sieve.train.overrides import load_config
+from sieve.train.run import run
+
+
+def test_a_run_measures_tasks_and_is_evaluated(one_rank, tiny_text, tmp_path, capsys):
+    config = load_config([
+        *tiny_text, f"runs_dir={tmp_path}", "name=r", "steps=2", "attention=nsa", "eval.every=2", "eval.tasks=[mqar,copy]",
+        "eval.recall.pairs=[4]", "eval.recall.lengths=[8]", "eval.recall.samples=2",
+    ])
+    assert run(config) == 0
+    last = json.loads((tmp_path / "r" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert 0 <= last["eval/mqar_pairs_0004"] <= 1 and last["eval/mqar"] == last["eval/mqar_pairs_0004"]
+    assert "eval/copy_len_0008" in last and "eval/loss" in last
+    arguments = ["r", f"runs_dir={tmp_path}", "suite=[loss,mqar,copy]", "recall.pairs=[4]", "recall.lengths=[8]",
+                 "recall.samples=2", "loss.max_tokens=300"]
+    capsys.readouterr()
+    assert evaluate.main(arguments) == 0
+    assert "loss by document length" in capsys.readouterr().out
+    data = json.loads((tmp_path / "r" / "report" / "eval" / "results.json").read_text())
+    # The same weights and the same examples as at the run's last evaluation.
+    assert data["metrics"]["eval/mqar"] == last["eval/mqar"] and data["metrics"]["eval/copy"] == last["eval/copy"]
+    assert data["about"]["checkpoint"] == "r" and data["about"]["commit"]
+
+
+def test_a_mixture_is_evaluated_by_source_in_the_phase_it_ended_in(mixture, one_rank, tmp_path, capsys):
+    config = load_config([
+        *mixture, f"runs_dir={tmp_path}", "name=m", "steps=5", "attention=nsa", "eval.every=5", "eval.tasks=[copy,needle]",
+        "eval.recall.lengths=[30]", "eval.recall.samples=4", "eval.needle.lengths=[128]", "eval.needle.depths=[0.5]",
+        "eval.needle.samples=2", "eval.needle.digits=2",
+    ])
+    assert run(config) == 0
+    last = json.loads((tmp_path / "m" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {"eval/letters/loss", "eval/pairs/loss", "eval/loss", "eval/copy", "eval/needle_len_0128"} <= last.keys()
+    model = open_model("m", str(tmp_path), torch.device("cpu"), torch.float32).loaded
+    assert model.seq_len == 128 and model.decoder.config.rope.scaling.factor == 2
+    assert evaluate.main(["m", f"runs_dir={tmp_path}", "suite=[loss,copy]", "recall.lengths=[30]", "recall.samples=4",
+                          "loss.max_tokens=400"]) == 0
+    assert "loss by source" in capsys.readouterr().out
+    results = json.loads((tmp_path / "m" / "report" / "eval" / "results.json").read_text())
+    # Random tokens that the stretched rotary embedding tells apart: another one gives another loss.
+    assert results["metrics"]["eval/copy_loss"] == pytest.approx(last["eval/copy_loss"], rel=1e-5)
+    by_source = {row["source"]: row for row in results["tasks"]["loss"]["tables"]["loss by source"]}
+    assert by_source.keys() == {"letters", "pairs"} and all(100 < row["tokens"] < 200 for row in by_source.values())
+    total = sum(row["tokens"] * row["loss"] for row in by_source.values()) / sum(row["tokens"] for row in by_source.values())
+    assert results["metrics"]["eval/loss"] == pytest.approx(total)
+    assert results["metrics"]["eval/pairs/loss"] == by_source["pairs"]["loss"]
+
+
+@pytest.mark.parametrize("overrides, message", [
+    (["suite=neddle"], "did you mean needle"),
+    (["needle.lenghts=[5]"], r"needle.lenghts=\[5\]: unknown key; did you mean needle.lengths"),
+    (["needle.samples=0"], "needle.samples=0: must be greater than 0|needle.samples=0"),
+    (["suite"], "suite: is not KEY=VALUE"),
+    (["recall.pairs=[1]"], "recall.pairs"),
+])
+def test_users_mistakes(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        evaluate.parse(overrides)
+
+
+def test_mistakes_of_the_command(capsys):
+    assert evaluate.main([]) == 2 and "which model?" in capsys.readouterr().err
+    assert evaluate.main(["nowhere", "suite=recall"]) == 2 and "nowhere is neither" in capsys.readouterr().err
+    assert evaluate.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert "needle.lengths=[1024,2048,4096,8192]" in out and "standard" in out
+    assert evaluate.main(["nowhere", "--cfg", "job", "needle.keys=3"]) == 0 and "keys: 3" in capsys.readouterr().out
+
+
+def test_needles_longer_than_the_rows_are_refused(tiny_text, mixture):
+    with pytest.raises(ConfigError, match="eval.needle.lengths has 8192, more than seq_len=128"):
+        load_config([*mixture, "eval.tasks=[needle]"])
+    with pytest.raises(ConfigError, match="eval.needle.lengths has 8192, more than seq_len=64"):
+        load_config([*tiny_text, "eval.tasks=[needle]"])
