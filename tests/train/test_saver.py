@@ -110,18 +110,18 @@ def test_waiting_has_an_end(run, plain_engine, monkeypatch):
 
 @pytest.mark.slow
 def test_the_stall_is_a_small_part_of_a_save(run, plain_engine):
-    """150 million parameters, 1.8 GB with AdamW's moments. The first copy also gets the memory; later ones take it again."""
+    """150 million parameters, 1.8 GB with AdamW's moments. The first copy also has to get the memory, so it is told and
+    not judged; later ones take it again."""
     engine = plain_engine()
     engine.module = torch.nn.ModuleList(torch.nn.Linear(3072, 2048, bias=False) for _ in range(24))
     engine.optimizer = type(engine.optimizer)(engine.module.parameters(), fused=False)
     saver = Saver(CheckpointConfig(keep=1), engine, ALONE)
-    told = []
-    for step in (1, 2, 3):
+    saves = []
+    for step in range(1, 6):
         run.step = step
         saver.begin(run)
-        done = saver.wait()
-        told.append(f"{done.size / 1e9:.2f} GB: stall {done.stall:.2f} s of {done.seconds:.2f} s")
-        ratio = done.stall / done.seconds
+        saves.append(saver.wait())
+    told = [f"{done.size / 1e9:.2f} GB: stall {done.stall:.2f} s of {done.seconds:.2f} s" for done in saves]
     print("; ".join(told))
     saver.close()
-    assert ratio < 0.1, told
+    assert sum(done.stall for done in saves[1:]) < 0.1 * sum(done.seconds for done in saves[1:]), told
