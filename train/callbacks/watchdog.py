@@ -81,7 +81,7 @@ class Watchdog(Callback):
         self._beat = now = time.monotonic()
         if self._file is not None and self.config.seconds and now - self._armed > 1.0:
             self._armed = now
-            seconds = self.config.seconds + 2 * _GRACE
+            seconds = self.config.seconds + 4 * _GRACE  # after the other, if that can run
             faulthandler.dump_traceback_later(seconds, file=self._file, exit=True)
 
     def _watch(self, pause: float, rank: int) -> None:
