@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 STACKS = "stacks"
 _GRACE = 3.0  # seconds from a rank's dump to its end, so that the others' are on the disk before anything is torn down
+_LAST = 60.0  # seconds for a dump
 _EXIT = 1
 
 
@@ -97,6 +98,7 @@ class Watchdog(Callback):
         file = self._file
         if file is None:
             return
+        faulthandler.dump_traceback_later(_LAST, file=file, exit=True)  # should what follows hang, too
         print(f"{why}: rank {rank}'s stacks:\n", file=file, flush=True)
         faulthandler.dump_traceback(file, all_threads=True)
         os.fsync(file.fileno())
@@ -115,7 +117,6 @@ def record_nccl(directory: Path) -> None:
 
 
 def _dump_nccl(path: Path) -> None:
-    import torch
-
-    if torch.cuda.is_available() and torch.distributed.is_nccl_available() and torch.distributed.is_initialized():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available() and torch.distributed.is_nccl_available() and torch.distributed.is_initialized():
         path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())
