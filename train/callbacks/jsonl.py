@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from typing import TYPE_CHECKING
 
 from sieve.train.callbacks.callback import Callback
 from sieve.train.rundir import METRICS_FILE, read_metrics
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -22,12 +25,14 @@ class Jsonl(Callback):
     A line is written by one write() as soon as the step ends, so `kill -9` loses none; a checkpoint also waits until
     the disk has it. On resume, lines after the checkpoint's step are cut off: no step stands in the file twice. An
     evaluation belongs to the line of its step. A loss that is no number is written as NaN, as Python's json reads it.
+    Lines that a full disk does not take are kept, and written as soon as it does.
     """
 
     def __init__(self) -> None:
         self.file: int | None = None
-        self.line: dict = {}
+        self.lines: list[dict] = []  # from `offset` on: the last one, which may still change, and what is not written
         self.offset = 0
+        self.broken = False
 
     def start(self, run: RunState) -> None:
         if run.rank != 0:
@@ -35,8 +40,8 @@ class Jsonl(Callback):
         path = run.directory / METRICS_FILE
         kept = _keep(path, run.resumed_from or 0)
         self.file = os.open(path, os.O_WRONLY)
-        self.line = kept[-1] if kept else {}  # a resumed run may owe this step its evaluation
-        self.offset = os.fstat(self.file).st_size - (len(_encode(self.line)) if kept else 0)
+        self.lines = kept[-1:]  # a resumed run may owe this step its evaluation
+        self.offset = os.fstat(self.file).st_size - sum(len(_encode(line)) for line in self.lines)
 
     def step(self, run: RunState, record: dict | None) -> None:
         if record is not None:
@@ -47,11 +52,11 @@ class Jsonl(Callback):
 
     def saved(self, run: RunState, done: Done) -> None:
         if self.file is not None:
-            os.fsync(self.file)
+            _sync(self.file)
 
     def end(self, run: RunState, status: str) -> None:
         if self.file is not None:
-            os.fsync(self.file)
+            _sync(self.file)
             os.close(self.file)
             self.file = None
 
@@ -59,14 +64,37 @@ class Jsonl(Callback):
         """Write `record` as a new line, or over the last line with its keys added when the step is the same."""
         if self.file is None:
             return
-        if self.line and record["step"] == self.line["step"]:
-            self.line |= record
+        if self.lines and record["step"] == self.lines[-1]["step"]:
+            self.lines[-1] |= record
         else:
-            self.offset = os.fstat(self.file).st_size
-            self.line = dict(record)
-        text = _encode(self.line)
-        os.pwrite(self.file, text, self.offset)  # over the shorter line, not after cutting it: no moment without either
-        os.ftruncate(self.file, self.offset + len(text))
+            self.lines.append(dict(record))
+        texts = [_encode(line) for line in self.lines]
+        try:
+            _write(self.file, b"".join(texts), self.offset)
+        except OSError as error:
+            if not self.broken:
+                log.warning("%s cannot be written: %s; its lines are kept, training goes on", METRICS_FILE, error.strerror)
+            self.broken = True
+            return
+        self.broken = False
+        self.offset += sum(map(len, texts[:-1]))
+        self.lines = self.lines[-1:]
+
+
+def _sync(file: int) -> None:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        log.warning("%s may not be on the disk: %s", METRICS_FILE, error.strerror)
+
+
+def _write(file: int, text: bytes, offset: int) -> None:
+    """From `offset` to the file's new end, over what stands there and not after cutting it: no moment without either."""
+    end = offset + len(text)
+    while text:  # a nearly full disk takes a part
+        written = os.pwrite(file, text, offset)
+        text, offset = text[written:], offset + written
+    os.ftruncate(file, end)
 
 
 def _encode(row: dict) -> bytes:

@@ -118,5 +118,7 @@ def record_nccl(directory: Path) -> None:
 
 def _dump_nccl(path: Path) -> None:
     torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_available() and torch.distributed.is_nccl_available() and torch.distributed.is_initialized():
+    if torch is None or not torch.cuda.is_available():
+        return
+    if torch.distributed.is_nccl_available() and torch.distributed.is_initialized():
         path.write_bytes(torch._C._distributed_c10d._dump_nccl_trace())

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -6,6 +7,7 @@ import sys
 from pathlib import Path
 
 from sieve.train.callbacks.jsonl import Jsonl
+from sieve.train.rundir import read_metrics
 
 
 def lines(state) -> list[dict]:
@@ -110,3 +112,32 @@ def test_kill_9_loses_no_line(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == -signal.SIGKILL
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 100
+
+
+def test_a_full_disk_delays_lines_and_loses_none(make_state, monkeypatch, caplog):
+    run, writer = make_state(), Jsonl()
+    writer.start(run)
+    path, original, full = run.directory / "metrics.jsonl", os.pwrite, []
+
+    def pwrite(file: int, data: bytes, offset: int) -> int:
+        if full and len(data) > 5:
+            return original(file, data[:5], offset)  # a part, as a nearly full disk does
+        if full:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return original(file, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    writer.step(run, {"step": 1, "a": 1.0})
+    full.append(True)
+    for step in (2, 3):
+        writer.step(run, {"step": step, "a": 1.0})
+    writer.evaluated(run, {"step": 3, "b": 2.0})
+    assert [row["step"] for row in read_metrics(path)][:1] == [1]
+    assert caplog.text.count("metrics.jsonl cannot be written: No space left on device") == 1
+    full.clear()
+    writer.step(run, {"step": 4, "a": 1.0})
+    writer.end(run, "finished")
+    assert read_metrics(path) == [
+        {"step": 1, "a": 1.0}, {"step": 2, "a": 1.0}, {"step": 3, "a": 1.0, "b": 2.0}, {"step": 4, "a": 1.0},
+    ]
+    assert len(path.read_text().splitlines()) == 4
