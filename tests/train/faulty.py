@@ -10,7 +10,6 @@ rank: which rank, all of them without. Every fault happens once in a process; wi
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -69,18 +68,22 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 
 def train_step(original: Callable, run: Any, engine: Any, *rest: Any) -> Any:
     for fault in happen("step", run.step + 1):
-        name = "backward" if fault.get("arg") == "gradient" else "forward"
-        method = getattr(engine, name)
-
-        def once(*args: Any, method=method, name=name, **kwargs: Any) -> Any:
-            delattr(engine, name)
-            if name == "backward":
-                return method(args[0] * math.nan)
-            out = method(*args, **kwargs)
-            return out._replace(loss_sum=out.loss_sum * math.nan, ce_sum=out.ce_sum * math.nan)
-
-        setattr(engine, name, once)
+        poison(engine, "backward" if fault.get("arg") == "gradient" else "forward")
     return original(run, engine, *rest)
+
+
+def poison(engine: Any, name: str) -> None:
+    """The next call of the engine's forward gives a loss that is no number, or its next backward gets one."""
+    method = getattr(engine, name)
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        delattr(engine, name)
+        if name == "backward":
+            return method(args[0] * float("nan"))
+        out = method(*args, **kwargs)
+        return out._replace(loss_sum=out.loss_sum * float("nan"), ce_sum=out.ce_sum * float("nan"))
+
+    setattr(engine, name, once)
 
 
 def in_validation(original: Callable, self: Any, batch: Any) -> Any:

@@ -12,12 +12,18 @@ import pytest
 SIGNALLED = "the same command goes on from there"
 
 
+@pytest.fixture(scope="session")
+def whole_rows() -> list[dict]:
+    return []
+
+
 @pytest.fixture
-def whole(trainer) -> list[dict]:
-    """The metrics of 6 steps that nothing disturbs."""
-    code, error = trainer.run("whole", "steps=6")
-    assert code == 0, error
-    return trainer.rows("whole")
+def whole(trainer, whole_rows) -> list[dict]:
+    """The metrics of 6 steps that nothing disturbs, trained once for all tests."""
+    if not whole_rows:
+        assert trainer.run("whole", "steps=6")[0] == 0
+        whole_rows += trainer.rows("whole")
+    return whole_rows
 
 
 def test_a_signal_wherever_it_comes(trainer, whole):
@@ -39,6 +45,7 @@ def test_a_signal_wherever_it_comes(trainer, whole):
     assert trainer.rows("run") == whole
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_validation_owes_it(trainer, whole):
     code, error = trainer.run("run", "steps=6", "eval.every=6", faults=[{"at": "validation", "do": "SIGTERM"}])
     assert code == 0 and trainer.steps("run") == [4, 6] and "eval/loss" not in trainer.rows("run")[-1]
@@ -47,18 +54,21 @@ def test_a_signal_in_the_last_validation_owes_it(trainer, whole):
     assert "is complete" in trainer.run("run", "steps=6", "eval.every=6")[1]
 
 
-@pytest.mark.parametrize(("place", "step", "left"), [("step", 4, 2), ("save", 4, 2), ("commit", 4, 2)])
-def test_kill_9_loses_the_steps_since_the_last_checkpoint(trainer, whole, place, step, left):
+@pytest.mark.parametrize("place", [
+    pytest.param("step", marks=pytest.mark.slow), pytest.param("save", marks=pytest.mark.slow), "commit",
+])
+def test_kill_9_loses_the_steps_since_the_last_checkpoint(trainer, whole, place):
     code, _ = trainer.run("run", "steps=6", faults=[
         {"at": "step", "step": 4, "do": "wait", "arg": 0.7},  # step 2's save is on the disk then
-        {"at": place, "step": step, "do": "SIGKILL"},
+        {"at": place, "step": 4, "do": "SIGKILL"},
     ])
-    assert code == -signal.SIGKILL and trainer.steps("run") == [left]
+    assert code == -signal.SIGKILL and trainer.steps("run") == [2]
     assert trainer.run("run", "steps=6")[0] == 0
     assert trainer.rows("run") == whole and trainer.steps("run") == [4, 6]
     assert not list((trainer.folder / "run" / "checkpoints").glob(".tmp-*"))
 
 
+@pytest.mark.slow
 def test_no_number_in_a_step(trainer):
     """One is passed over; as many in a row as allowed stop the run with its state saved, and it goes on from there."""
     code, error = trainer.run("run", "steps=6", faults=[
@@ -79,6 +89,7 @@ def test_no_number_in_a_step(trainer):
     assert [row["train/skipped"] for row in trainer.rows("stopped")] == [0, 0, 0, 1, 2, 2]
 
 
+@pytest.mark.slow
 def test_touching_save_saves(trainer):
     process = trainer.start("run", "steps=6", "checkpoint.every=0", faults=[
         {"at": "step", "step": s, "do": "wait", "arg": 0.6} for s in (2, 3, 4, 5)
@@ -91,6 +102,7 @@ def test_touching_save_saves(trainer):
     assert not (trainer.folder / "run" / "save").exists()
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_killed_takes_the_others_down_and_torchrun_resumes(trainer, tmp_path):
     """The first time rank 1 is killed, the second time it fails; each time all are started anew and go on."""
     assert trainer.run("whole", "steps=6", "zero=2", ranks=2)[0] == 0
@@ -106,6 +118,7 @@ def test_a_rank_that_is_killed_takes_the_others_down_and_torchrun_resumes(traine
     assert killed < failed < error.index("rank 1 is gone: RuntimeError: an error of rank 1; rank 0 ends, too")
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_found_out(trainer):
     code, error = trainer.run(
         "run", "steps=6", "watchdog.seconds=5", ranks=2, timeout=90,
@@ -115,6 +128,18 @@ def test_a_rank_that_hangs_is_found_out(trainer):
     stacks = [(trainer.folder / "run" / "stacks" / f"rank-0000{rank}.txt").read_text() for rank in (0, 1)]
     assert "faulty.py" in stacks[1] and "in happen" in stacks[1] and "all_reduce" in stacks[0]
     assert trainer.steps("run") == [2]
+
+
+def test_a_rank_that_is_killed_takes_the_other_down_within_seconds(trainer):
+    """Rank 0 is put to sleep outside of any collective, so that nothing but the lifeline can tell it."""
+    process = trainer.start("run", "steps=6", ranks=2, faults=[
+        {"at": "step", "step": 4, "rank": 0, "do": "hang"}, {"at": "step", "step": 4, "rank": 1, "do": "SIGKILL"},
+    ])
+    trainer.wait_for_step("run", 3, process)
+    begin = time.monotonic()
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and time.monotonic() - begin < 20
+    assert "rank 1 is gone: it was killed, or crashed without a word; rank 0 ends, too" in error
 
 
 @pytest.mark.slow
