@@ -96,7 +96,8 @@ def test_from_text_to_training(given, corpus, capsys, monkeypatch):
 def test_a_signal_saves_and_says_so(given, corpus, capsys, monkeypatch):
     from sieve.train.signals import StopSignal
 
-    monkeypatch.setattr(StopSignal, "__enter__", lambda self: setattr(self, "requested", "SIGINT") or self)
+    enter = StopSignal.__enter__
+    monkeypatch.setattr(StopSignal, "__enter__", lambda self: setattr(enter(self), "requested", "SIGINT") or self)
     arguments = [*given, "tokenizer.vocab_size=300", f"out={corpus}/out", "workers=1"]
     assert prepare(arguments) == 130
     assert "stopped and saved in" in capsys.readouterr().out and (corpus / "out" / "journal.json").exists()
