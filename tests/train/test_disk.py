@@ -56,6 +56,7 @@ def test_a_full_disk_is_survived(settings, tmp_path):
     assert "failed [1, 2, 3] there ['step-00000009']" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_folder_that_may_not_be_written(settings, tmp_path):
     """As root everything may be written, so the checkpoints' place is taken by a file."""
     (tmp_path / "run").mkdir()

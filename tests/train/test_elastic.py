@@ -11,9 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from sieve.train.run import main
+
 
 def run_ranks(count: int, runs: list[list[str]], folder: Path) -> None:
-    """Each list of overrides is trained by `count` ranks, in order."""
+    """Each list of overrides is trained by `count` ranks, in order; one rank is this process."""
+    if count == 1:
+        assert [main(overrides) for overrides in runs] == [0] * len(runs)
+        return
     (folder / "runs.json").write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={count}", "--standalone"]
     done = subprocess.run(
@@ -60,16 +65,16 @@ def check(tiny_text: list[str], tmp_path: Path, pairs: list[tuple], saved: int, 
     return found
 
 
-def test_some_pairs(tiny_text, tmp_path):
-    pairs = [((1, 0), (2, 3)), ((2, 3), (1, 1)), ((2, 3), (2, 3)), ((2, 3), (2, 0)), ((1, 0), (2, 2))]
-    found = check(tiny_text, tmp_path, pairs, 2, 5, "attention=full")
+def test_some_pairs(tiny_text, tmp_path, one_rank):
+    pairs = [((1, 0), (2, 3)), ((2, 3), (1, 1)), ((2, 3), (2, 3)), ((1, 0), (2, 2))]
+    found = check(tiny_text, tmp_path, pairs, 2, 4, "attention=full")
     assert max(found.values()) < 1e-5, found
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("settings", [["dtype=fp32"], ["dtype=bf16"]], ids=" ".join)
-def test_all_pairs(tiny_text, tmp_path, settings):
+def test_all_pairs(tiny_text, tmp_path, one_rank, settings):
     """In bf16 another order of sums moves weights by a rounding of bf16, 4e-3; no more is asked for there."""
     stages = [0, 1, 2, 3] if settings == ["dtype=fp32"] else [1, 2, 3]
     places = list(product([1, 2, 4], stages))

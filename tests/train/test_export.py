@@ -70,6 +70,7 @@ def test_a_run_a_checkpoint_and_what_is_neither(trained, tmp_path, capsys):
     assert "passing over" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_a_shard(save_at, plain_engine, tmp_path):
     """64 tensors of 4 MB: a process that may take 96 MB more than it has after its imports writes all of them."""
     config = load_config([f"runs_dir={tmp_path}", "name=run", "model.tie_embeddings=true"])
