@@ -3,7 +3,7 @@
 at: build (while the text is read), step (in training step N, before the update), validation (in the first evaluation),
     save (in the thread that writes step N's files, when some are written), commit (between the files and the rename).
 do: a signal's name, sent to this process (to the whole process group with "arg": "group"); hang; raise; nan (in the loss,
-    or with "arg": "gradient" in the gradients alone); wait (for "arg" seconds).
+    or with "arg": "gradient" in the gradients alone); perturb (a weight, a little); wait (for "arg" seconds).
 rank: which rank, all of them without. Every fault happens once in a process; with "once": FILE, once for good.
 """
 
@@ -68,7 +68,10 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 
 def train_step(original: Callable, run: Any, engine: Any, *rest: Any) -> Any:
     for fault in happen("step", run.step + 1):
-        poison(engine, "backward" if fault.get("arg") == "gradient" else "forward")
+        if fault["do"] == "perturb":
+            engine.module.norm.weight.data[3] += 1e-5
+        else:
+            poison(engine, "backward" if fault.get("arg") == "gradient" else "forward")
     return original(run, engine, *rest)
 
 

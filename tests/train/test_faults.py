@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
@@ -34,7 +36,7 @@ def test_a_signal_wherever_it_comes(trainer, whole):
     code, error = trainer.run("run", "steps=6", faults=[{"at": "step", "step": 1, "do": "SIGINT"}])
     assert code == 0 and SIGNALLED in error and trainer.steps("run") == [1]
 
-    code, error = trainer.run("run", "steps=6", faults=[{"at": "validation", "do": "SIGTERM"}])  # of step 3
+    code, error = trainer.run("run", "steps=6", "data.workers=2", faults=[{"at": "validation", "do": "SIGTERM"}])
     assert code == 0 and SIGNALLED in error and trainer.steps("run") == [2, 3]
     assert "eval/loss" not in trainer.rows("run")[-1]
 
@@ -103,11 +105,12 @@ def test_touching_save_saves(trainer):
 
 
 @pytest.mark.slow
-def test_a_rank_that_is_killed_takes_the_others_down_and_torchrun_resumes(trainer, tmp_path):
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_is_killed_takes_the_others_down_and_torchrun_resumes(trainer, tmp_path, ranks):
     """The first time rank 1 is killed, the second time it fails; each time all are started anew and go on."""
-    assert trainer.run("whole", "steps=6", "zero=2", ranks=2)[0] == 0
+    assert trainer.run("whole", "steps=6", "zero=2", "micro_batch=1", ranks=ranks)[0] == 0
     begin = time.monotonic()
-    code, error = trainer.run("run", "steps=6", "zero=2", ranks=2, restarts=2, faults=[
+    code, error = trainer.run("run", "steps=6", "zero=2", "micro_batch=1", ranks=ranks, restarts=2, faults=[
         {"at": "step", "step": 3, "do": "wait", "arg": 0.7, "once": str(tmp_path / "a")},
         {"at": "step", "step": 4, "rank": 1, "do": "SIGKILL", "once": str(tmp_path / "b")},
         {"at": "step", "step": 6, "rank": 1, "do": "raise", "arg": "an error of rank 1", "once": str(tmp_path / "c")},
@@ -143,11 +146,38 @@ def test_a_rank_that_is_killed_takes_the_other_down_within_seconds(trainer):
 
 
 @pytest.mark.slow
+def test_ranks_that_no_longer_agree_stop(trainer):
+    code, error = trainer.run("run", "steps=6", "zero=0", "check.parity_every=1", ranks=2, faults=[
+        {"at": "step", "step": 4, "rank": 1, "do": "perturb"},
+    ])
+    assert code == 1 and error.count("the ranks hold different norm.weight: a device or a collective") == 1
+    assert trainer.steps("run") == [2]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_12_kills_of_two_ranks(trainer):
+    """The launcher and both ranks at once, as when a machine is taken away."""
+    settings, generator = ["steps=60", "zero=3", "checkpoint.every=1", "eval=none"], random.Random(1)
+    assert trainer.run("whole", *settings, ranks=2)[0] == 0
+    for _ in range(12):
+        process = trainer.start("killed", *settings, ranks=2)
+        done = len(trainer.rows("killed")) if (trainer.folder / "killed" / "metrics.jsonl").exists() else 0
+        trainer.wait_for_step("killed", done + 1, process)
+        time.sleep(generator.uniform(0, 0.3))
+        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        for pid in (process.pid, *map(int, ranks)):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate()
+        trainer.steps("killed")
+    assert trainer.run("killed", *settings, ranks=2)[0] == 0
+    assert trainer.rows("killed") == trainer.rows("whole")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("settings", [["attention=nsa", "dtype=bf16"]], ids=" ".join)
 def test_50_kills_at_random_moments(trainer, settings):
-    import random
-
     steps, generator = 400, random.Random(0)
     settings = [*settings, f"steps={steps}", "checkpoint.every=1", "checkpoint.keep=3", "eval.every=50"]
     assert trainer.run("whole", *settings)[0] == 0
