@@ -22,11 +22,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from sieve.train.checkpoint import COMPLETE, FOLDER, FORMAT, MANIFEST, TEMPORARY, checkpoints, discard, name_of
 from sieve.train.distributed import Place, gather, sum_over_ranks
 from sieve.train.engine import Engine
-from sieve.train.partition import persistent_buffers, shapes
+from sieve.train.partition import Piece, persistent_buffers, shapes
 from sieve.train.shards import HostCopy, share
 from sieve.train.state import RunState, random_state
 from sieve.train.tensorfile import sync_folder, write_bytes
@@ -67,19 +68,30 @@ class Saver:
         self._job: Future | None = None
         self._committing = False
 
+    def prepare(self) -> None:
+        """Have the thread get the host memory that copies will take, before the first save."""
+        self._job = self._thread.submit(self.copy.reserve, *self._state())
+
+    def _state(self) -> tuple[list[Piece], dict[str, Tensor]]:
+        """What this rank has to write."""
+        pieces = self.engine.pieces()
+        if self.engine.replicated:
+            pieces = share(pieces, self.place.rank, self.place.world_size)
+        return pieces, persistent_buffers(self.engine.module) if self.place.rank == 0 else {}
+
     def begin(self, run: RunState) -> None:
         """Copy the state of `run` as it is now and start writing it. Not while another save is pending."""
         self._began = time.monotonic()
         self._step, self._folder = run.step, run.directory / FOLDER
         self._final = self._folder / name_of(run.step)
         self._partial = self._folder / f"{TEMPORARY}{self._final.name}"
-        pieces = self.engine.pieces()
-        if self.engine.replicated:
-            pieces = share(pieces, self.place.rank, self.place.world_size)
-        buffers = persistent_buffers(self.engine.module)
-        self.copy.take(pieces, buffers if self.place.rank == 0 else {})
+        if self._job is not None:
+            self._job.result()  # of `prepare`
+        pieces, buffers = self._state()
+        self.copy.take(pieces, buffers)
         generators = io.BytesIO()
         torch.save(random_state(), generators)
+        buffers = persistent_buffers(self.engine.module)
         manifest = {
             "format": FORMAT, "step": run.step, "tokens": run.tokens, "tokens_before": run.tokens_before,
             "tokens_hash": (run.data or {}).get("hash"), "evaluated_step": run.evaluated_step, "world_size": run.world_size,

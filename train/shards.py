@@ -37,21 +37,26 @@ class HostCopy:
         self._tensors: dict[str, Tensor] = {}
         self.steps: dict[str, str] = {}
 
-    @torch.no_grad()
-    def take(self, pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> None:
-        """Copy, and return when the copies may be read and the originals changed."""
-        sources = {f"{kind}:{p.name}:{p.start}": t for p in pieces for kind, t in p.tensors.items()}
-        sources |= {f"{_BUFFER}:{name}:0": buffer for name, buffer in buffers.items()}
+    def reserve(self, pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> None:
+        """Get the memory that a copy of these will take: that is most of the time of a first one."""
+        sources = _named(pieces, buffers)
         kept = {key: t for key, t in self._tensors.items() if key in sources and t.shape == sources[key].shape}
-        cuda = False
         for key, source in sources.items():
             if key not in kept:
                 kept[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            kept[key].copy_(source, non_blocking=source.is_cuda)
+                kept[key].zero_()  # only now the system gives the pages
+        self._tensors = {key: kept[key] for key in sources}
+
+    @torch.no_grad()
+    def take(self, pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> None:
+        """Copy, and return when the copies may be read and the originals changed."""
+        self.reserve(pieces, buffers)
+        cuda = False
+        for key, source in _named(pieces, buffers).items():
+            self._tensors[key].copy_(source, non_blocking=source.is_cuda)
             cuda |= source.is_cuda
         if cuda:
             torch.cuda.synchronize()
-        self._tensors = {key: kept[key] for key in sources}
         self.steps = {piece.name: str(int(piece.step)) for piece in pieces}
 
     @property
@@ -63,6 +68,12 @@ class HostCopy:
         """Into a file; size and sha256. The optimizer's count of steps goes into the header."""
         layout = {key: (t.dtype, list(t.shape)) for key, t in self._tensors.items()}
         return write_tensors(path, layout, self._tensors.__getitem__, {f"step:{n}": s for n, s in self.steps.items()})
+
+
+def _named(pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors by the names that they have in a file."""
+    named = {f"{kind}:{p.name}:{p.start}": t for p in pieces for kind, t in p.tensors.items()}
+    return named | {f"{_BUFFER}:{name}:0": buffer for name, buffer in buffers.items()}
 
 
 class ShardReader:

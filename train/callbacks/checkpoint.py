@@ -41,6 +41,9 @@ class Checkpoint(Callback):
     def __init__(self, config: CheckpointConfig, saver: Saver, listeners: Callback) -> None:
         self.config, self.saver, self.listeners = config, saver, listeners
 
+    def start(self, run: RunState) -> None:
+        self.saver.prepare()
+
     def step(self, run: RunState, record: dict | None) -> None:
         if self.saver.pending:
             self._ended(run, self.saver.poll())

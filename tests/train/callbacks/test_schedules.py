@@ -30,6 +30,9 @@ class FakeSaver:
         self.takes, self.broken = takes, broken
         self.pending, self.closed, self.patience = False, False, []
 
+    def prepare(self) -> None:
+        pass
+
     def begin(self, run) -> None:
         assert not self.pending
         self.pending, self.left, self.step = True, self.takes, run.step
