@@ -66,11 +66,12 @@ class Saver:
         self.pending = False
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._job: Future | None = None
+        self._prepared: Future | None = None
         self._committing = False
 
     def prepare(self) -> None:
         """Have the thread get the host memory that copies will take, before the first save."""
-        self._job = self._thread.submit(self.copy.reserve, *self._state())
+        self._prepared = self._thread.submit(self.copy.reserve, *self._state())
 
     def _state(self) -> tuple[list[Piece], dict[str, Tensor]]:
         """What this rank has to write."""
@@ -85,8 +86,9 @@ class Saver:
         self._step, self._folder = run.step, run.directory / FOLDER
         self._final = self._folder / name_of(run.step)
         self._partial = self._folder / f"{TEMPORARY}{self._final.name}"
-        if self._job is not None:
-            self._job.result()  # of `prepare`
+        if self._prepared is not None:
+            self._prepared.result()
+            self._prepared = None
         pieces, buffers = self._state()
         self.copy.take(pieces, buffers)
         generators = io.BytesIO()

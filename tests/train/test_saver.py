@@ -100,6 +100,16 @@ def test_a_save_that_fails_leaves_the_last_one_and_nothing_else(run, save_at, mo
     assert names(run) == ["step-00000003"]
 
 
+def test_after_a_failure_the_same_saver_goes_on(run, plain_engine, monkeypatch):
+    full_disk(monkeypatch, "rank-00000.pt", 1)
+    saver = Saver(CheckpointConfig(), plain_engine(), ALONE)
+    saver.prepare()
+    for run.step, good in ((1, False), (2, True)):
+        saver.begin(run)
+        assert (saver.wait().path is not None) is good
+    saver.close()
+
+
 def test_the_old_one_goes_only_when_the_new_one_is_there(run, save_at, monkeypatch):
     save_at(run, 1, keep=1)
     order, rename, discard = [], Path.rename, module.discard
@@ -133,7 +143,7 @@ def test_the_stall_is_a_small_part_of_a_save(run, plain_engine):
     engine.optimizer = type(engine.optimizer)(engine.module.parameters(), fused=False)
     saver = Saver(CheckpointConfig(keep=1), engine, ALONE)
     saver.prepare()
-    saver._job.result()  # steps would have passed until the first save
+    saver._prepared.result()  # steps would have passed until the first save
     saves = []
     for step in range(1, 6):
         run.step = step
