@@ -109,7 +109,7 @@ def _encode(encoder: Encoder, texts: list[str]) -> tuple[np.ndarray, list[int]] 
     """All ids end to end, and the documents' lengths; or the place of the text that fails, and how."""
     try:
         documents = as_documents(encoder, texts)
-    except Exception:
+    except Exception:  # of whatever kind a tokenizer raises: find the text, or let it through
         for i, text in enumerate(texts):
             try:
                 encoder.encode([text])

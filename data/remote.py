@@ -330,6 +330,6 @@ class _Stream:
             if not data and self._file.size is not None and self._position < self._file.size:
                 raise EOFError(f"it ends at byte {self._position} of {self._file.size}")
             return data
-        except Exception:
+        except Exception:  # whatever it was, the next try opens the file anew; the caller judges the error
             self.close()
             raise
