@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sieve.kernels.nsa.layout import Packing
 
+NARROW = 2**16  # lists that an int16 can name: a radix sort takes half as many passes over it as over an int32
+
 
 @dataclass(frozen=True)
 class InverseIndex:
@@ -79,10 +81,11 @@ def _count_below(ptr, x, size, STEPS: tl.constexpr):
 
 @triton.jit(do_not_specialize=["entries", "blocks", "none"])
 def _name_lists(
-    indices_ptr, cu_ptr, doc_ptr, position_ptr, list_ptr, entries, blocks, segment, none,
-    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, TOPK: tl.constexpr, SIZE: tl.constexpr,
+    indices_ptr, cu_ptr, doc_ptr, position_ptr, name_ptr, entries, blocks, segment, none,
+    BLOCK: tl.constexpr, KV_HEADS: tl.constexpr, TOPK: tl.constexpr, LOWEST: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
-    """The list of each entry; one that names no block, repeats the one before or sees nothing goes past the last."""
+    """The list of each entry, counted from LOWEST; one that names no block, repeats the one before or sees nothing goes
+    past the last."""
     entry = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
     ok = entry < entries
     token = entry // (KV_HEADS * TOPK)
@@ -94,23 +97,26 @@ def _name_lists(
     head = ((entry // TOPK) % KV_HEADS).to(tl.int32)
     counts = (block >= 0) & (block != before) & (block * BLOCK <= position)
     number = ((token // segment).to(tl.int32) * KV_HEADS + head) * blocks + base + block
-    tl.store(list_ptr + entry, tl.where(counts, number, none), mask=ok)
+    tl.store(name_ptr + entry, (tl.where(counts, number, none) + LOWEST).to(name_ptr.dtype.element_ty), mask=ok)
 
 
 @triton.jit(do_not_specialize=["entries", "blocks", "lists", "documents", "least"])
 def _measure(
-    list_ptr, order_ptr, cu_ptr, token_ptr, entry_ptr, offset_ptr, start_ptr, end_ptr, pieces_ptr,
+    name_ptr, order_ptr, cu_ptr, token_ptr, entry_ptr, list_ptr, offset_ptr, start_ptr, end_ptr, pieces_ptr,
     entries, blocks, lists, documents, length, least,
-    BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr, DOC_STEPS: tl.constexpr,
+    BLOCK: tl.constexpr, PER_TOKEN: tl.constexpr, LOWEST: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr,
+    DOC_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Fill token and entry by entry, offset and pieces (not yet summed up) by list, start and end by block."""
+    """Fill token, entry and list by entry, offset and pieces (not yet summed up) by list, start and end by block."""
     at = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
     entry = tl.load(order_ptr + at, mask=at < entries, other=0).to(tl.int32)
     tl.store(entry_ptr + at, entry, mask=at < entries)
     tl.store(token_ptr + at, entry // PER_TOKEN, mask=at < entries)
+    name = tl.load(name_ptr + at, mask=at < entries, other=0).to(tl.int32)
+    tl.store(list_ptr + at, name - LOWEST, mask=at < entries)
     if tl.program_id(0) * SIZE <= lists:
-        offset = _count_below(list_ptr, at, entries, STEPS)
-        count = tl.maximum(tl.cdiv(_count_below(list_ptr, at + 1, entries, STEPS) - offset, length), least)
+        offset = _count_below(name_ptr, at + LOWEST, entries, STEPS)
+        count = tl.maximum(tl.cdiv(_count_below(name_ptr, at + (1 + LOWEST), entries, STEPS) - offset, length), least)
         tl.store(offset_ptr + at, offset, mask=at <= lists)
         tl.store(pieces_ptr + at, count, mask=at < lists)
         tl.store(pieces_ptr + lists + at, tl.where(count > 1, count, 0), mask=at < lists)
@@ -156,18 +162,19 @@ def invert(
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    names, size = empty(entries), 1024
+    lowest = -(2**15) if segments * lists < NARROW else 0
+    names, size = torch.empty(entries, dtype=torch.int16 if lowest else torch.int32, device=device), 1024
     _name_lists[(triton.cdiv(entries, size),)](
         indices.contiguous(), packing.cu_seqlens, packing.doc, packing.position, names, entries, blocks,
-        segment, segments * lists, BLOCK=block_size, KV_HEADS=kv_heads, TOPK=topk, SIZE=size,
+        segment, segments * lists, BLOCK=block_size, KV_HEADS=kv_heads, TOPK=topk, LOWEST=lowest, SIZE=size,
     )  # fmt: skip
     names, order = torch.sort(names, stable=True)
-    token, entry, offset, pieces = empty(entries), empty(entries), empty(segments * lists + 1), empty(2, segments, lists)
-    start, end = empty(blocks), empty(blocks)
+    token, entry, number = empty(entries), empty(entries), empty(entries)
+    offset, pieces, start, end = empty(segments * lists + 1), empty(2, segments, lists), empty(blocks), empty(blocks)
     _measure[(triton.cdiv(max(entries, segments * lists + 1), size),)](
-        names, order, packing.cu_seqlens, token, entry, offset, start, end, pieces,
+        names, order, packing.cu_seqlens, token, entry, number, offset, start, end, pieces,
         entries, blocks, segments * lists, documents, length, least,
-        BLOCK=block_size, PER_TOKEN=kv_heads * topk, SIZE=size,
+        BLOCK=block_size, PER_TOKEN=kv_heads * topk, LOWEST=lowest, SIZE=size,
         STEPS=entries.bit_length(), DOC_STEPS=documents.bit_length(),
     )  # fmt: skip
     pieces = pieces.cumsum(2, dtype=torch.int32)
@@ -177,4 +184,4 @@ def invert(
     _own[(triton.cdiv(owner.shape[1], size), segments)](
         pieces, owner, lists, owner.shape[1], STEPS=lists.bit_length(), SIZE=size
     )
-    return InverseIndex(token, entry, names, offset, start, end, pieces, owner, 2 * most // length, length)
+    return InverseIndex(token, entry, number, offset, start, end, pieces, owner, 2 * most // length, length)

@@ -5,12 +5,17 @@ import torch
 
 pytest.importorskip("triton")
 
+from sieve.kernels.nsa import inverse_index  # noqa: E402
 from sieve.kernels.nsa.inverse_index import invert  # noqa: E402
 
 
 @pytest.mark.parametrize("lengths", [[50], [7, 0, 1, 30, 16, 0], [1]], ids=str)
 @pytest.mark.parametrize("segment, length", [(1000, 4), (1000, 64), (20, 3)])
-def test_lists_hold_exactly_the_queries_of_each_block(lengths, segment, length, device, dense, poison):
+@pytest.mark.parametrize("narrow", [inverse_index.NARROW, 0], ids=["int16", "int32"])
+def test_lists_hold_exactly_the_queries_of_each_block(
+    lengths, segment, length, narrow, device, dense, poison, monkeypatch
+):
+    monkeypatch.setattr(inverse_index, "NARROW", narrow)
     block, kv_heads, topk = 8, 2, 3
     packing = dense.pack(lengths, device)
     T, cu = sum(lengths), packing.cu_seqlens.tolist()
