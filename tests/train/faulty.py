@@ -4,7 +4,10 @@ at: build (while the text is read), step (in training step N, before the update)
     save (in the thread that writes step N's files, when some are written), commit (between the files and the rename).
 do: a signal's name, sent to this process (to the whole process group with "arg": "group"); hang; raise; nan (in the loss,
     or with "arg": "gradient" in the gradients alone); perturb (a weight, a little); wait (for "arg" seconds).
+    "compare": true with nan tells how much of the state the step has changed; do: compare tells it of a good step.
 rank: which rank, all of them without. Every fault happens once in a process; with "once": FILE, once for good.
+
+TIMES: a file that gets a line of JSON for each step's begin, {"step", "at"}, and each save's end, {"saved", "stall", ...}.
 """
 
 from __future__ import annotations
@@ -17,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sieve.train import build, loop, saver
 from sieve.train.engine import Engine
@@ -67,12 +72,39 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 
 
 def train_step(original: Callable, run: Any, engine: Any, *rest: Any) -> Any:
+    note(step=run.step + 1, at=time.perf_counter())
+    compared = False
     for fault in happen("step", run.step + 1):
+        compared |= fault.get("compare", False) or fault["do"] == "compare"
         if fault["do"] == "perturb":
             engine.module.norm.weight.data[3] += 1e-5
-        else:
+        elif fault["do"] == "nan":
             poison(engine, "backward" if fault.get("arg") == "gradient" else "forward")
-    return original(run, engine, *rest)
+    before = state_of(engine) if compared else None
+    record = original(run, engine, *rest)
+    if before is not None:
+        changed = sum(not torch.equal(a, b) for a, b in zip(before, state_of(engine), strict=True))
+        told = f"changed {changed} of {len(before)} tensors, fused={engine._adamw.defaults['fused']}"
+        print(f"fault: step {run.step} has {told}", file=sys.stderr, flush=True)
+    return record
+
+
+def state_of(engine: Any) -> list[Any]:
+    """Copies of weights, moments and the optimizer's counts, and of the model's buffers."""
+    found = [t for piece in engine.pieces() for t in (*piece.tensors.values(), piece.step)]
+    return [t.detach().clone() for t in (*found, *engine.module.parameters(), *engine.module.buffers())]
+
+
+def note(**entry: Any) -> None:
+    if "TIMES" in os.environ and RANK == 0:
+        with open(os.environ["TIMES"], "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def in_outcome(original: Callable, self: Any, *args: Any) -> Any:
+    done = original(self, *args)
+    note(saved=done.step, stall=done.stall, seconds=done.seconds, size=done.size, problem=done.problem)
+    return done
 
 
 def poison(engine: Any, name: str) -> None:
@@ -109,7 +141,8 @@ def in_build(original: Callable, *args: Any) -> Any:
 wrap(loop, "train_step", train_step)
 wrap(build, "build_corpus", in_build)
 wrap(saver, "write_bytes", in_save)
-_evaluate = Engine.evaluate
+_evaluate, _outcome = Engine.evaluate, saver.Saver._outcome
+saver.Saver._outcome = lambda self, *args: in_outcome(_outcome, self, *args)
 Engine.evaluate = lambda self, batch: in_validation(_evaluate, self, batch)
 
 if __name__ == "__main__":
