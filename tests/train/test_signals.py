@@ -103,3 +103,44 @@ def test_touching_a_file_asks_for_a_save(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.05)
     assert not (tmp_path / "save").exists() and not request.take()
+
+
+def test_who_does_not_come_to_an_end_is_told_of_once():
+    told = []
+    with StopSignal(0.3, lambda: told.append(time.monotonic())) as stop:
+        time.sleep(0.5)
+        assert not told, "the time runs from the signal on"
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.8)
+        assert len(told) == 1 and 0.25 < told[0] - stop.since < 0.7
+    with StopSignal(5.0, lambda: told.append(0.0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert len(told) == 1
+
+
+# Signals its own group, as a terminal does, while children of it run, and says how those ended.
+GROUP = """
+import contextlib, os, signal, subprocess, sys, threading, time
+from sieve.train.signals import StopSignal
+with StopSignal() as stop:
+    with stop.shielded() if sys.argv[1] == "shielded" else contextlib.nullcontext():
+        children = [subprocess.Popen(["sleep", "1"])]
+        thread = threading.Thread(target=lambda: children.append(subprocess.Popen(["sleep", "1"])))
+        thread.start()
+        thread.join()
+        os.killpg(0, getattr(signal, sys.argv[2]))
+        print([child.wait() for child in children], stop.requested)
+    after = subprocess.Popen(["sleep", "60"])
+    after.terminate()
+    print(after.wait())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("mode", ["shielded", "bare"])
+def test_a_signal_to_the_group_spares_the_compilers_of_a_step(mode, name):
+    done = subprocess.run(
+        [sys.executable, "-c", GROUP, mode, name], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    code = 0 if mode == "shielded" else -signal.Signals[name]
+    assert done.stdout.splitlines() == [f"{[code, code]} {name}", str(-signal.SIGTERM)], done.stderr
