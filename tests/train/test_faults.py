@@ -146,6 +146,27 @@ def test_a_rank_that_is_killed_takes_the_other_down_within_seconds(trainer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["build", "step", "validation", "save"])
+def test_a_signal_that_is_not_heeded_ends_the_run_in_time(trainer, place):
+    """Something hangs, and the signal comes from without. A save that hangs is waited for by the main thread."""
+    assert trainer.run("run", "steps=2", "schedule=wsd", "schedule.decay=0")[0] == 0
+    process = trainer.start("run", "steps=6", "schedule=wsd", "schedule.decay=0", "watchdog.stop_seconds=3", faults=[
+        {"at": place, "do": "hang", "arg": "in C", **({"step": 4} if place in ("step", "save") else {})},
+    ])
+    for line in process.stderr:
+        if "fault: hang" in line:
+            break
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and 2.5 < time.monotonic() - begin < 15
+    assert "rank 0: not ended 3 s after a signal (watchdog.stop_seconds), the last checkpoint stands" in error
+    assert "in happen" in (trainer.folder / "run" / "stacks" / "rank-00000.txt").read_text()
+    assert trainer.steps("run") == [2]
+    assert trainer.run("run", "steps=6", "schedule=wsd", "schedule.decay=0")[0] == 0
+
+
+@pytest.mark.slow
 def test_ranks_that_no_longer_agree_stop(trainer):
     code, error = trainer.run("run", "steps=6", "zero=0", "check.parity_every=1", ranks=2, faults=[
         {"at": "step", "step": 4, "rank": 1, "do": "perturb"},
