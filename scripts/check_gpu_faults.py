@@ -100,8 +100,7 @@ def elastic(runs: Runs, zero: int) -> str:
         raise Skipped("needs 2 GPUs: NCCL puts one rank on each")
     common = ["attention=window", "model.moe=null", "dtype=fp32", f"zero={zero}", "micro_batch=1", "steps=40", "eval=none",
               "checkpoint.every=10", "checkpoint.keep=9"]
-    settings = [s for s in runs.settings if not s.startswith("model.moe.")]
-    runs = Runs(runs.folder, settings, runs.limit)
+    runs = runs.but([s for s in runs.settings if not s.startswith("model.moe.")])
     names = [f"{kind}-{zero}" for kind in ("one", "two", "one-again")]
     runs.run(names[0], *common)
     for name, source, step, ranks in ((names[1], names[0], 10, 2), (names[2], names[1], 20, 1)):
@@ -118,7 +117,7 @@ def elastic(runs: Runs, zero: int) -> str:
 
 def hung(runs: Runs) -> str:
     """The last rank hangs: every rank's stacks and NCCL's flight recorder in the run's folder, and the end."""
-    ranks, seconds = (min(GPUS, 2) or 2), 20 if CUDA else 8
+    ranks, seconds = (min(GPUS, 2) or 2), 40 if CUDA else 8
     process = runs.start("hung", "attention=window", "dtype=bf16", "micro_batch=1", "steps=2000", f"watchdog.seconds={seconds}",
                          ranks=ranks, faults=[{"at": "step", "step": 6, "rank": ranks - 1, "do": "hang"}])
     code = process.wait(runs.limit)
@@ -152,13 +151,13 @@ def lost(runs: Runs) -> str:
 
 def stall(runs: Runs) -> str:
     """What saves cost a run with about 1 GB of state, by the time from one step's begin to the next one's."""
-    every, steps = (50, 205) if CUDA else (8, 41)  # so far apart that no save waits for the one before
+    every, steps = (30, 125) if CUDA else (8, 41)  # so far apart that no save waits for the one before
     common = ["attention=window", "dtype=bf16" if CUDA else "dtype=fp32", f"steps={steps}", f"checkpoint.every={every}",
               "checkpoint.keep=1", "eval=none"]
     settings = runs.settings
     if CUDA:
         settings = [s for s in settings if not s.startswith("model")] + ["model=small", "global_batch=16", "micro_batch=8"]
-    runs, cost = Runs(runs.folder, settings, runs.limit), {}
+    runs, cost = runs.but(settings), {}
     for background in ("true", "false"):
         name = f"stall-{background}"
         runs.run(name, *common, f"checkpoint.background={background}")
@@ -227,7 +226,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--budget", type=float, default=230, help="seconds; a check that has not begun by then is not run")
     parser.add_argument("--limit", type=float, default=120, help="seconds for one training")
-    parser.add_argument("--jobs", type=int, default=7 if CUDA else 1, help="checks at the same time")
+    parser.add_argument("--jobs", type=int, default=9 if CUDA else 1, help="checks at the same time")
     parser.add_argument("--only", default=",".join(CHECKS), help=f"of {', '.join(CHECKS)}")
     parser.add_argument("overrides", nargs="*")
     options = parser.parse_args()
@@ -258,12 +257,13 @@ def main() -> int:
         if "stall" in chosen:
             check("stall")
     finally:
+        runs.end_all()
         shutil.rmtree(folder, ignore_errors=True)
     device = f"{GPUS} x {torch.cuda.get_device_name(0)}" if CUDA else "CPU"
     print(f"\n{device}, Python {sys.version.split()[0]}, torch {torch.__version__}, {time.monotonic() - begin:.0f} s\n")
     for name in chosen:
         verdict, seconds, text = found[name]
-        print(f"{name:18} {verdict:8} {seconds:5.0f} s  {text}")
+        print(f"{name:18} {verdict:8} {seconds:5.0f} s  {' '.join(text.split())}")
     return int(any(verdict == "FAILED" for verdict, _, _ in found.values()))
 
 

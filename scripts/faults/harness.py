@@ -85,6 +85,19 @@ class Runs:
 
     def __init__(self, folder: Path, settings: list[str], limit: float) -> None:
         self.folder, self.settings, self.limit = folder, settings, limit
+        self._started: list[Process] = []
+
+    def but(self, settings: list[str]) -> Runs:
+        """The same with other settings for all."""
+        other = Runs(self.folder, settings, self.limit)
+        other._started = self._started
+        return other
+
+    def end_all(self) -> None:
+        """Whatever is still running."""
+        for process in self._started:
+            if process.child.poll() is None:
+                process.end()
 
     def start(self, name: str, *settings: str, ranks: int = 1, restarts: int = 0, faults: list[dict] | None = None) -> Process:
         launcher = [sys.executable]
@@ -92,9 +105,12 @@ class Runs:
             launcher += ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", "--standalone",
                          f"--max-restarts={restarts}"]
         command = [*launcher, str(FAULTY), *self.settings, *settings, f"name={name}"]
-        return Process(command, faults or [], self.folder / f"{name}.times")
+        process = Process(command, faults or [], self.folder / f"{name}.times")
+        self._started.append(process)
+        return process
 
     def run(self, name: str, *settings: str, **options: object) -> Process:
+        """One that has to end well."""
         process = self.start(name, *settings, **options)
         code = process.wait(self.limit)
         expect(code == 0, f"{name}: exit code {code}: {process.text[-1200:]}")
