@@ -104,7 +104,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     loader = resumed_loader(open_loader, run)
     needs = [(config.model, config.attention, vocab_size, phase.seq_len) for phase in phases]
     listeners = Callbacks([
-        Watchdog(config.watchdog, stop),
+        Watchdog(config.watchdog),
         Speed(
             place.device, [sum(flops_per_token(*need).values()) for need in needs],
             [sum(dense_flops_per_token(*need).values()) for need in needs],

@@ -99,12 +99,12 @@ def checkpoints(directory: Path) -> dict[int, Path]:
 def digests(path: Path) -> dict[str, str]:
     """The sha256 of each file of a checkpoint, as its COMPLETE lists them. ValueError when that is damaged."""
     try:
-        lines = (path / COMPLETE).read_text(encoding="ascii").splitlines()
+        text = (path / COMPLETE).read_text(encoding="ascii")
     except (OSError, ValueError) as error:
         raise ValueError(f"{COMPLETE}: {error}") from error
-    found = [_DIGEST.fullmatch(line) for line in lines]
+    found = [_DIGEST.fullmatch(line) for line in text.splitlines()]
     listed = {entry[2]: entry[1] for entry in found if entry}
-    if not all(found) or MANIFEST not in listed:
+    if not all(found) or MANIFEST not in listed or not text.endswith("\n"):
         raise ValueError(f"{COMPLETE} is no list of sha256 sums with {MANIFEST} among them")
     return listed
 

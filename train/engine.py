@@ -44,6 +44,7 @@ class Engine:
         self.module, self._adamw, self._ropes = module, optimizer, ropes
         self._micro_batches, self._done = config["gradient_accumulation_steps"], 0  # of a step
         self.skipped = torch.zeros((), dtype=torch.bool, device=place.device)
+        self.before_update: Callable[[], None] = lambda: None  # called before anything of `pieces` is changed
         self._stage, self._clip, self._place = config["zero_optimization"]["stage"], clip, place
         deepspeed = _import_deepspeed(place)
         with _quiet():
@@ -108,6 +109,7 @@ class Engine:
         if self._done != self._micro_batches:
             raise RuntimeError("update() before the last micro-batch of a global batch has had its backward()")
         self._done = 0
+        self.before_update()
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self._place.device) if loss is None else loss

@@ -7,6 +7,7 @@ import fcntl
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def _load(overrides: list[str]) -> RunConfig:
 def run(config: RunConfig) -> int:
     """Train as `config` says; see `main` for the exit code. ValueError for what this machine or the text rule out."""
     from sieve.train import checkpoint, distributed
-    from sieve.train.callbacks.watchdog import record_nccl
+    from sieve.train.callbacks.watchdog import end_late, record_nccl
     from sieve.train.lifeline import Lifeline
     from sieve.train.signals import Stopped, StopSignal
 
@@ -59,7 +60,9 @@ def run(config: RunConfig) -> int:
     if place.device.type == "cuda":
         record_nccl(config.directory)
     alone = _only_process(config.directory) if place.rank == 0 else contextlib.nullcontext()
-    with StopSignal() as stop, alone, distributed.process_group(place), Lifeline(place) as lifeline:
+    limit = config.watchdog.stop_seconds
+    late = partial(end_late, config.directory, place.rank, limit)
+    with StopSignal(limit, late) as stop, alone, distributed.process_group(place), Lifeline(place) as lifeline:
         try:
             with stop.at_once():
                 start = checkpoint.find(config.directory, config.resume, place)
@@ -94,7 +97,8 @@ def _train(config: RunConfig, place: Place, start: Saved | None, stop: StopSigna
     if start is not None:
         log.info("going on from %s: step %d of %d", start.path, start.step, steps)
     try:
-        status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
+        with stop.shielded():
+            status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
     finally:
         training.loader.close()
         training.engine.close()

@@ -1,6 +1,7 @@
 """Writing checkpoints beside the training: a copy in host memory, files from a thread, one rename at the end.
 
-    step N: every rank copies its state to host memory (training stands still for this only) and starts its thread
+    step N: every rank has its state copied to host memory and starts its thread; on a GPU training goes on at once and
+            only the next update waits for the copy (sieve.train.hostcopy), else it stands still for the copying alone
     later:  each thread writes and syncs its files in `.tmp-step-N`; at every step the ranks ask each other who is done
     all:    rank 0's thread writes the manifest, then COMPLETE, syncs, renames, and only then deletes what is too old
 
@@ -27,8 +28,9 @@ from torch import Tensor
 from sieve.train.checkpoint import COMPLETE, FOLDER, FORMAT, MANIFEST, TEMPORARY, checkpoints, discard, name_of
 from sieve.train.distributed import Place, gather, sum_over_ranks
 from sieve.train.engine import Engine
+from sieve.train.hostcopy import Copier, HostCopy, copier_for
 from sieve.train.partition import Piece, persistent_buffers, shapes
-from sieve.train.shards import HostCopy, share
+from sieve.train.shards import share
 from sieve.train.state import RunState, random_state
 from sieve.train.tensorfile import sync_folder, write_bytes
 from sieve.train.text import byte_size
@@ -60,11 +62,13 @@ class Saver:
     pending: whether a save has begun and its outcome is not known yet.
     """
 
-    def __init__(self, config: CheckpointConfig, engine: Engine, place: Place) -> None:
+    def __init__(self, config: CheckpointConfig, engine: Engine, place: Place, copier: Copier | None = None) -> None:
+        """copier: another than the device's own, for tests."""
         self.config, self.engine, self.place = config, engine, place
-        self.copy = HostCopy()
+        self.copy = HostCopy(copier or copier_for(place.device))
+        engine.before_update = self.copy.fence
         self.pending = False
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._thread = ThreadPoolExecutor(1, "checkpoint", self._enter)
         self._job: Future | None = None
         self._prepared: Future | None = None
         self._committing = False
@@ -72,6 +76,11 @@ class Saver:
     def prepare(self) -> None:
         """Have the thread get the host memory that copies will take, before the first save."""
         self._prepared = self._thread.submit(self.copy.reserve, *self._state())
+
+    def _enter(self) -> None:
+        """In the thread, first: a thread's device is the first one until it says otherwise."""
+        if self.place.device.type == "cuda":
+            torch.cuda.set_device(self.place.device)
 
     def _state(self) -> tuple[list[Piece], dict[str, Tensor]]:
         """What this rank has to write."""

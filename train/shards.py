@@ -13,10 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from sieve.train.hostcopy import BUFFER
 from sieve.train.partition import Piece
-from sieve.train.tensorfile import write_tensors
-
-_BUFFER = "buffer"
 
 
 def share(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
@@ -28,52 +26,6 @@ def share(pieces: Sequence[Piece], rank: int, world_size: int) -> list[Piece]:
         if start < stop:
             cut.append(piece.narrow(start, stop))
     return cut
-
-
-class HostCopy:
-    """A copy in host memory of one moment's state, in buffers that the next copy takes again (pinned for a GPU's)."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[str, Tensor] = {}
-        self.steps: dict[str, str] = {}
-
-    def reserve(self, pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> None:
-        """Get the memory that a copy of these will take: that is most of the time of a first one."""
-        sources = _named(pieces, buffers)
-        kept = {key: t for key, t in self._tensors.items() if key in sources and t.shape == sources[key].shape}
-        for key, source in sources.items():
-            if key not in kept:
-                kept[key] = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-                kept[key].zero_()  # only now the system gives the pages
-        self._tensors = {key: kept[key] for key in sources}
-
-    @torch.no_grad()
-    def take(self, pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> None:
-        """Copy, and return when the copies may be read and the originals changed."""
-        self.reserve(pieces, buffers)
-        cuda = False
-        for key, source in _named(pieces, buffers).items():
-            self._tensors[key].copy_(source, non_blocking=source.is_cuda)
-            cuda |= source.is_cuda
-        if cuda:
-            torch.cuda.synchronize()
-        self.steps = {piece.name: str(int(piece.step)) for piece in pieces}
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-        return sum(t.nbytes for t in self._tensors.values())
-
-    def write(self, path: Path) -> tuple[int, str]:
-        """Into a file; size and sha256. The optimizer's count of steps goes into the header."""
-        layout = {key: (t.dtype, list(t.shape)) for key, t in self._tensors.items()}
-        return write_tensors(path, layout, self._tensors.__getitem__, {f"step:{n}": s for n, s in self.steps.items()})
-
-
-def _named(pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors by the names that they have in a file."""
-    named = {f"{kind}:{p.name}:{p.start}": t for p in pieces for kind, t in p.tensors.items()}
-    return named | {f"{_BUFFER}:{name}:0": buffer for name, buffer in buffers.items()}
 
 
 class ShardReader:
@@ -96,7 +48,7 @@ class ShardReader:
                 kind, rest = key.split(":", 1)
                 name, start = rest.rsplit(":", 1)
                 shape = file.get_slice(key).get_shape()
-                size = shape[0] if kind != _BUFFER else 0
+                size = shape[0] if kind != BUFFER else 0
                 entry = (int(start), int(start) + size, len(self._files), key)
                 self._where.setdefault((kind, name), []).append(entry)
             self._steps |= {
@@ -124,7 +76,7 @@ class ShardReader:
         return self._steps[name]
 
     def buffer(self, name: str) -> Tensor:
-        entries = self._where.get((_BUFFER, name))
+        entries = self._where.get((BUFFER, name))
         if not entries:
             raise ValueError(f"{self.folder} has no buffer {name}")
         return self._files[entries[0][2]].get_tensor(entries[0][3])
@@ -132,7 +84,7 @@ class ShardReader:
     @property
     def buffers(self) -> list[str]:
         """The names of the buffers that are there."""
-        return [name for kind, name in self._where if kind == _BUFFER]
+        return [name for kind, name in self._where if kind == BUFFER]
 
     @torch.no_grad()
     def fill(self, pieces: Sequence[Piece], buffers: dict[str, Tensor]) -> None:

@@ -8,11 +8,12 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
 REPEAT = 2.0  # seconds
+_HEARD = (signal.SIGINT, signal.SIGTERM)
 _LOOK = 0.5  # seconds between two looks for a file
 
 
@@ -28,11 +29,14 @@ class StopSignal:
     thread that the system wakes, since Python's handlers only run when the main thread is between two instructions,
     which it is not in a collective that hangs.
 
-    Children that are started meanwhile get the signals too (a terminal's Ctrl-C reaches the whole group) and have to
-    ignore them themselves; forked ones neither handle nor count them for us.
+    Children that are started meanwhile get the signals too (a terminal's Ctrl-C reaches the whole group); see `shielded`.
+    Forked ones neither handle nor count them for us.
+
+    late: called once, by that thread, when the context has not been left `seconds` after the first signal; 0: never.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = 0.0, late: Callable[[], None] = lambda: None) -> None:
+        self._seconds, self._late = seconds, late
         self.requested: str | None = None  # the signal's name
         self.since: float | None = None  # time.monotonic() of it
         self._before: dict[int, object] = {}
@@ -44,7 +48,7 @@ class StopSignal:
         theirs.setblocking(False)
         self._theirs = theirs
         self._wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _HEARD:
             self._before[number] = signal.signal(number, self._handle)
         self._thread = threading.Thread(target=self._count, name="signals", daemon=True)
         self._thread.start()
@@ -71,6 +75,21 @@ class StopSignal:
         finally:
             self._raising = False
 
+    @contextlib.contextmanager
+    def shielded(self) -> Iterator[None]:
+        """Inside, no SIGINT or SIGTERM to the whole group ends what this thread, or one that it starts, has started:
+        the compilers of Triton (ptxas) and Inductor (g++, worker processes), without whose results a step cannot be
+        finished. Programs inherit which signals are blocked, unlike how they are handled. This process still hears
+        them, by the thread that counts.
+
+        Only for what polls `requested`: nothing in this thread is interrupted meanwhile.
+        """
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _HEARD)
+        try:
+            yield
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:
             return
@@ -81,10 +100,11 @@ class StopSignal:
 
     def _count(self) -> None:
         """In the thread: each byte is a signal's number."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _HEARD)
         seen: dict[int, float] = {}
-        while data := self._ours.recv(1):
+        while data := self._receive():
             number, now = data[0], time.monotonic()
-            if number not in (signal.SIGINT, signal.SIGTERM):
+            if number not in _HEARD:
                 continue
             name = signal.Signals(number).name
             if not seen:
@@ -96,6 +116,18 @@ class StopSignal:
                 _say(f"\n{name} again: ending at once; the last checkpoint stands\n")
                 os._exit(128 + number)
             seen.setdefault(number, now)
+
+    def _receive(self) -> bytes:
+        """The next byte; none at the end. Tells `late` when it is time."""
+        if self._seconds and self.since is not None:
+            self._ours.settimeout(max(1e-3, self.since + self._seconds - time.monotonic()))
+        try:
+            return self._ours.recv(1)
+        except TimeoutError:
+            self._seconds = 0.0
+            self._ours.settimeout(None)
+            self._late()
+            return self._ours.recv(1)
 
     def _forget(self) -> None:
         """In a forked child: its signals are its own affair, and must not be counted as ours."""

@@ -35,10 +35,12 @@ class PlainEngine:
         torch.manual_seed(seed)
         self.module = torch.nn.Sequential(torch.nn.Linear(width, 2 * width), torch.nn.BatchNorm1d(2 * width))
         self.optimizer = adamw(self.module, OptimConfig(), torch.device("cpu"))
+        self.before_update = lambda: None
 
     def train(self, steps: int = 1) -> None:
         for _ in range(steps):
             self.module(torch.randn(5, self.module[0].in_features)).square().sum().backward()
+            self.before_update()
             self.optimizer.step()
             self.optimizer.zero_grad()
 

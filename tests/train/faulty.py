@@ -2,13 +2,19 @@
 
 at: build (while the text is read), step (in training step N, before the update), validation (in the first evaluation),
     save (in the thread that writes step N's files, when some are written), commit (between the files and the rename).
-do: a signal's name, sent to this process (to the whole process group with "arg": "group"); hang; raise; nan (in the loss,
-    or with "arg": "gradient" in the gradients alone); perturb (a weight, a little); wait (for "arg" seconds).
+do: a signal's name, sent to this process (to the whole process group with "arg": "group"); hang (with "arg": "in C" there);
+    raise; nan (in the loss, or with "arg": "gradient" in the gradients alone; with "compare": true it tells how much of the
+    state the step has changed, as compare does of a good step); perturb (a weight, a little); wait (for "arg" seconds);
+    an errno's name, as ENOSPC (raised where a file is written: at save or commit).
 rank: which rank, all of them without. Every fault happens once in a process; with "once": FILE, once for good.
+
+TIMES: a file that gets a line of JSON for each step's begin, {"step", "at"}, and each save's end, {"saved", "stall", ...}.
 """
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import json
 import os
 import signal
@@ -17,6 +23,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from sieve.train import build, loop, saver
 from sieve.train.engine import Engine
@@ -50,6 +58,10 @@ def happen(place: str, step: int | None = None) -> list[dict[str, Any]]:
         if do.startswith("SIG"):
             number = signal.Signals[do]
             os.killpg(0, number) if arg == "group" else os.kill(os.getpid(), number)
+        elif do == "hang" and arg == "in C":  # where no handler of Python's runs
+            mutex = ctypes.create_string_buffer(64)
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
+            ctypes.CDLL(None).pthread_mutex_lock(mutex)
         elif do == "hang":
             time.sleep(10_000)
         elif do == "raise":
@@ -67,12 +79,43 @@ def wrap(owner: Any, name: str, around: Callable) -> None:
 
 
 def train_step(original: Callable, run: Any, engine: Any, *rest: Any) -> Any:
+    note(step=run.step + 1, at=time.perf_counter())
+    compared = False
     for fault in happen("step", run.step + 1):
+        compared |= fault.get("compare", False) or fault["do"] == "compare"
         if fault["do"] == "perturb":
             engine.module.norm.weight.data[3] += 1e-5
-        else:
+        elif fault["do"] == "nan":
             poison(engine, "backward" if fault.get("arg") == "gradient" else "forward")
-    return original(run, engine, *rest)
+    before = state_of(engine) if compared else None
+    record = original(run, engine, *rest)
+    if before is not None:
+        after = state_of(engine)
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        told = f"changed {len(changed)} of {len(before)} tensors, fused={engine._adamw.defaults['fused']}: {changed[:3]}"
+        print(f"fault: step {run.step} has {told}", file=sys.stderr, flush=True)
+    return record
+
+
+def state_of(engine: Any) -> dict[str, Any]:
+    """Copies of weights, moments and the optimizer's counts, and of the model's buffers."""
+    found = {f"{p.name}:{kind}": t for p in engine.pieces() for kind, t in {**p.tensors, "step": p.step}.items()}
+    # ZeRO-3 keeps a parameter's own part in ds_tensor; the parameter is empty or whole, as it is used.
+    found |= {name: getattr(p, "ds_tensor", p) for name, p in engine.module.named_parameters()}
+    found |= dict(engine.module.named_buffers())
+    return {name: t.detach().clone() for name, t in found.items()}
+
+
+def note(**entry: Any) -> None:
+    if "TIMES" in os.environ and RANK == 0:
+        with open(os.environ["TIMES"], "a") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def in_outcome(original: Callable, self: Any, *args: Any) -> Any:
+    done = original(self, *args)
+    note(saved=done.step, stall=done.stall, seconds=done.seconds, size=done.size, problem=done.problem)
+    return done
 
 
 def poison(engine: Any, name: str) -> None:
@@ -97,7 +140,8 @@ def in_validation(original: Callable, self: Any, batch: Any) -> Any:
 def in_save(original: Callable, path: Path, data: bytes) -> Any:
     """Called for a rank's generators, when its tensors are written, and for the manifest and COMPLETE."""
     step = int(path.parent.name.rpartition("-")[2])
-    happen("save" if path.suffix == ".pt" else "commit", step)
+    for fault in happen("save" if path.suffix == ".pt" else "commit", step):
+        raise OSError(getattr(errno, fault["do"]), os.strerror(getattr(errno, fault["do"])))
     return original(path, data)
 
 
@@ -109,7 +153,8 @@ def in_build(original: Callable, *args: Any) -> Any:
 wrap(loop, "train_step", train_step)
 wrap(build, "build_corpus", in_build)
 wrap(saver, "write_bytes", in_save)
-_evaluate = Engine.evaluate
+_evaluate, _outcome = Engine.evaluate, saver.Saver._outcome
+saver.Saver._outcome = lambda self, *args: in_outcome(_outcome, self, *args)
 Engine.evaluate = lambda self, batch: in_validation(_evaluate, self, batch)
 
 if __name__ == "__main__":

@@ -70,3 +70,36 @@ def test_a_folder_that_may_not_be_written(settings, tmp_path):
     assert "the state of step 2 could not be saved: " in done.stderr
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
     assert Path(tmp_path / "run" / "checkpoints").read_text() == ""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_one_of_two_ranks_fails_the_save_of_both_and_nothing_else(trainer):
+    """Full, read-only, full at the commit, and slow, each once and on one rank; then it is made up for."""
+    settings = ["steps=8", "micro_batch=1", "checkpoint.every=1", "checkpoint.keep=2", "checkpoint.patience=3", "zero=2"]
+    assert trainer.run("whole", *settings, ranks=2)[0] == 0
+    code, error = trainer.run("run", *settings, ranks=2, faults=[
+        {"at": "save", "step": 2, "rank": 1, "do": "ENOSPC"}, {"at": "save", "step": 4, "rank": 1, "do": "EROFS"},
+        {"at": "commit", "step": 5, "rank": 0, "do": "ENOSPC"}, {"at": "save", "step": 6, "rank": 1, "do": "wait", "arg": 8},
+    ])
+    assert code == 0 and trainer.rows("run") == trainer.rows("whole"), error
+    assert "of step 2 could not be written: No space left on device (rank 1)" in error
+    assert "of step 4 could not be written: Read-only file system (rank 1)" in error
+    assert "of step 5 could not be written: No space left on device (rank 0)" in error
+    assert error.count("could not be written") == 3 and "no checkpoint is made of step 7" in error
+    assert trainer.steps("run") == [6, 8] and not list((trainer.folder / "run" / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.slow
+def test_the_last_good_checkpoint_stays_while_one_ranks_disk_fails(trainer):
+    settings = ["steps=8", "micro_batch=1", "checkpoint.every=1", "checkpoint.keep=1", "zero=1"]
+    assert trainer.run("whole", *settings, ranks=2)[0] == 0
+    failing = [{"at": "save", "step": step, "rank": 1, "do": "ENOSPC"} for step in (3, 4, 5, 6)]
+    code, error = trainer.run("run", *settings, ranks=2, faults=[*failing, {"at": "step", "step": 7, "do": "SIGKILL"}])
+    assert code != 0 and error.count("No space left on device (rank 1)") >= 3 and trainer.steps("run") == [2]
+    code, error = trainer.run("run", *settings, ranks=2, faults=[
+        {"at": "save", "step": step, "rank": 1, "do": "ENOSPC"} for step in range(3, 9)
+    ])
+    assert code == 1 and "the state of step 8 could not be saved: No space left on device (rank 1)" in error
+    assert error.count("the state of step 8 could not be saved") == 1 and trainer.steps("run") == [2]
+    assert trainer.run("run", *settings, ranks=2)[0] == 0
+    assert trainer.rows("run") == trainer.rows("whole") and trainer.steps("run") == [8]

@@ -146,6 +146,27 @@ def test_a_rank_that_is_killed_takes_the_other_down_within_seconds(trainer):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["build", "step", "validation", "save"])
+def test_a_signal_that_is_not_heeded_ends_the_run_in_time(trainer, place):
+    """Something hangs, and the signal comes from without. A save that hangs is waited for by the main thread."""
+    assert trainer.run("run", "steps=2", "schedule=wsd", "schedule.decay=0")[0] == 0
+    process = trainer.start("run", "steps=6", "schedule=wsd", "schedule.decay=0", "watchdog.stop_seconds=3", faults=[
+        {"at": place, "do": "hang", "arg": "in C", **({"step": 4} if place in ("step", "save") else {})},
+    ])
+    for line in process.stderr:
+        if "fault: hang" in line:
+            break
+    begin = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 1 and 2.5 < time.monotonic() - begin < 15
+    assert "rank 0: not ended 3 s after a signal (watchdog.stop_seconds), the last checkpoint stands" in error
+    assert "in happen" in (trainer.folder / "run" / "stacks" / "rank-00000.txt").read_text()
+    assert trainer.steps("run") == [2]
+    assert trainer.run("run", "steps=6", "schedule=wsd", "schedule.decay=0")[0] == 0
+
+
+@pytest.mark.slow
 def test_ranks_that_no_longer_agree_stop(trainer):
     code, error = trainer.run("run", "steps=6", "zero=0", "check.parity_every=1", ranks=2, faults=[
         {"at": "step", "step": 4, "rank": 1, "do": "perturb"},
@@ -156,21 +177,24 @@ def test_ranks_that_no_longer_agree_stop(trainer):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_12_kills_of_two_ranks(trainer):
-    """The launcher and both ranks at once, as when a machine is taken away."""
-    settings, generator = ["steps=60", "zero=3", "checkpoint.every=1", "eval=none"], random.Random(1)
-    assert trainer.run("whole", *settings, ranks=2)[0] == 0
-    for _ in range(12):
-        process = trainer.start("killed", *settings, ranks=2)
+@pytest.mark.parametrize(("ranks", "zero", "kills"), [(2, 3, 12), (4, 1, 10), (4, 3, 10)])
+def test_kills_of_several_ranks_at_random_moments(trainer, ranks, zero, kills):
+    """The launcher and all ranks at once, as when a machine is taken away."""
+    settings = ["steps=60", f"zero={zero}", "checkpoint.every=1", "eval=none", "micro_batch=1"]
+    generator = random.Random(ranks + zero)
+    assert trainer.run("whole", *settings, ranks=ranks)[0] == 0
+    for _ in range(kills):
+        process = trainer.start("killed", *settings, ranks=ranks)
         done = len(trainer.rows("killed")) if (trainer.folder / "killed" / "metrics.jsonl").exists() else 0
         trainer.wait_for_step("killed", done + 1, process)
         time.sleep(generator.uniform(0, 0.3))
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        for pid in (process.pid, *map(int, ranks)):
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(children) == ranks and process.poll() is None
+        for pid in (process.pid, *map(int, children)):
             os.kill(pid, signal.SIGKILL)
         process.communicate()
         trainer.steps("killed")
-    assert trainer.run("killed", *settings, ranks=2)[0] == 0
+    assert trainer.run("killed", *settings, ranks=ranks)[0] == 0
     assert trainer.rows("killed") == trainer.rows("whole")
 
 

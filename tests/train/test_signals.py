@@ -103,3 +103,95 @@ def test_touching_a_file_asks_for_a_save(tmp_path):
         assert time.monotonic() < until
         time.sleep(0.05)
     assert not (tmp_path / "save").exists() and not request.take()
+
+
+def test_who_does_not_come_to_an_end_is_told_of_once():
+    told = []
+    with StopSignal(0.3, lambda: told.append(time.monotonic())) as stop:
+        time.sleep(0.5)
+        assert not told, "the time runs from the signal on"
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.8)
+        assert len(told) == 1 and 0.25 < told[0] - stop.since < 0.7
+    with StopSignal(5.0, lambda: told.append(0.0)):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert len(told) == 1
+
+
+# Signals its own group, as a terminal does, while children of it run, and says how those ended.
+GROUP = """
+import contextlib, os, signal, subprocess, sys, threading, time
+from sieve.train.signals import StopSignal
+with StopSignal() as stop:
+    with stop.shielded() if sys.argv[1] == "shielded" else contextlib.nullcontext():
+        children = [subprocess.Popen(["sleep", "1"])]
+        thread = threading.Thread(target=lambda: children.append(subprocess.Popen(["sleep", "1"])))
+        thread.start()
+        thread.join()
+        os.killpg(0, getattr(signal, sys.argv[2]))
+        print([child.wait() for child in children], stop.requested)
+    after = subprocess.Popen(["sleep", "60"])
+    after.terminate()
+    print(after.wait())
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("mode", ["shielded", "bare"])
+def test_a_signal_to_the_group_spares_the_compilers_of_a_step(mode, name):
+    done = subprocess.run(
+        [sys.executable, "-c", GROUP, mode, name], capture_output=True, text=True, timeout=60, start_new_session=True
+    )
+    code = 0 if mode == "shielded" else -signal.Signals[name]
+    assert done.stdout.splitlines() == [f"{[code, code]} {name}", str(-signal.SIGTERM)], done.stderr
+
+
+# A step that Inductor compiles; the group is signalled as soon as g++ runs, wherever Inductor starts it.
+COMPILED = """
+import contextlib, os, signal, sys, threading, time
+from pathlib import Path
+import torch
+from sieve.train.signals import StopSignal
+torch._inductor.config.compile_threads = int(sys.argv[3])
+
+def runs_gcc():
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, rest = path.read_text().rpartition(")")[::2]
+        except OSError:
+            continue
+        if "cc1plus" in name and os.getpgid(int(path.parent.name)) == os.getpgid(0):
+            return True
+
+def interrupt():
+    while not runs_gcc():
+        time.sleep(0.002)
+    os.killpg(0, getattr(signal, sys.argv[2]))
+
+@torch.compile
+def step(x):
+    return (x.sin() * x.exp()).sum(0).softmax(0)
+
+x = torch.rand(64, 300, requires_grad=True)
+with StopSignal() as stop, stop.shielded() if sys.argv[1] == "shielded" else contextlib.nullcontext():
+    torch.compile(lambda y: y.cos() + 1)(torch.rand(9))  # Inductor tries out what g++ can do first
+    threading.Thread(target=interrupt, daemon=True).start()
+    out = step(x)
+    out[3].backward()
+    time.sleep(0.1)
+    print(stop.requested, torch.allclose(out, (x.sin() * x.exp()).sum(0).softmax(0), rtol=1e-3), x.grad.isfinite().all().item())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(("mode", "name"), [("shielded", "SIGINT"), ("shielded", "SIGTERM"), ("bare", "SIGTERM")])
+def test_a_signal_to_the_group_while_a_step_is_compiled(mode, name, threads, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, mode, name, str(threads)], capture_output=True, text=True, timeout=300,
+        start_new_session=True, env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
+    )
+    if mode == "shielded":
+        assert done.returncode == 0 and done.stdout == f"{name} True True\n", done.stderr[-3000:]
+    else:
+        assert done.returncode != 0 and "True True" not in done.stdout, "what the shield is for does not happen"

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, NoReturn
 
 from pydantic import Field
 
@@ -17,7 +17,6 @@ from sieve.train.callbacks.callback import Callback
 
 if TYPE_CHECKING:
     from sieve.train.saver import Done
-    from sieve.train.signals import StopSignal
     from sieve.train.state import RunState
 
 STACKS = "stacks"
@@ -28,7 +27,9 @@ _EXIT = 1
 
 class WatchdogConfig(Config):
     seconds: float = Field(1800.0, ge=0, description="without a step for so long a run dumps its stacks and ends; 0: never")
-    stop_seconds: float = Field(0.0, ge=0, description="the same, from SIGTERM or SIGINT to the end of the process; 0: never")
+    # A first step may compile kernels for minutes, a last save take a slow disk's time. Who asks for less time to go away
+    # (SLURM's KillWait 30 s, Kubernetes' grace 30 s) ends what is left by SIGKILL, which loses no checkpoint either.
+    stop_seconds: float = Field(600.0, ge=0, description="the same, from SIGTERM or SIGINT to the end; 0: no limit")
 
 
 class Watchdog(Callback):
@@ -39,22 +40,20 @@ class Watchdog(Callback):
     faulthandler's in C, for a main thread that hangs with the interpreter's lock in its hand.
     """
 
-    def __init__(self, config: WatchdogConfig, stop: StopSignal | None = None) -> None:
-        self.config, self.stop = config, stop
+    def __init__(self, config: WatchdogConfig) -> None:
+        self.config = config
         self._beat = self._armed = 0.0
         self._over = threading.Event()
         self._file: IO[str] | None = None
 
     def start(self, run: RunState) -> None:
-        if not (self.config.seconds or self.config.stop_seconds):
+        if not self.config.seconds:
             return
-        path = run.directory / STACKS / f"rank-{run.rank:05d}.txt"
-        path.parent.mkdir(exist_ok=True)
-        self._file = path.open("w")
+        self._file = _open(run.directory, run.rank)
         self._alive(run)
         self._over.clear()
-        shortest = min(seconds for seconds in (self.config.seconds, self.config.stop_seconds) if seconds)
-        threading.Thread(target=self._watch, args=(min(1.0, shortest / 4), run.rank), name="watchdog", daemon=True).start()
+        pause = min(1.0, self.config.seconds / 4)
+        threading.Thread(target=self._watch, args=(pause, run.rank), name="watchdog", daemon=True).start()
 
     def step(self, run: RunState, record: dict | None) -> None:
         self._alive(run)
@@ -72,7 +71,7 @@ class Watchdog(Callback):
         self._over.set()
         faulthandler.cancel_dump_traceback_later()
         if self._file is not None:
-            empty = self._file.tell() == 0
+            empty = os.fstat(self._file.fileno()).st_size == 0
             self._file.close()
             if empty:
                 Path(self._file.name).unlink(missing_ok=True)
@@ -80,32 +79,43 @@ class Watchdog(Callback):
 
     def _alive(self, run: RunState) -> None:
         self._beat = now = time.monotonic()
-        if self._file is not None and self.config.seconds and now - self._armed > 1.0:
+        if self._file is not None and now - self._armed > 1.0:
             self._armed = now
             seconds = self.config.seconds + 4 * _GRACE  # after the other, if that can run
             faulthandler.dump_traceback_later(seconds, file=self._file, exit=True)
 
     def _watch(self, pause: float, rank: int) -> None:
         while not self._over.wait(pause):
-            now = time.monotonic()
-            since = self.stop.since if self.stop is not None else None
-            if self.config.seconds and now - self._beat > self.config.seconds:
-                self._bark(rank, f"no step for {self.config.seconds:g} s (watchdog.seconds)")
-            if self.config.stop_seconds and since is not None and now - since > self.config.stop_seconds:
-                self._bark(rank, f"not ended {self.config.stop_seconds:g} s after a signal (watchdog.stop_seconds)")
+            if time.monotonic() - self._beat > self.config.seconds and (file := self._file) is not None:
+                _bark(file, rank, f"no step for {self.config.seconds:g} s (watchdog.seconds)")
 
-    def _bark(self, rank: int, why: str) -> None:
-        file = self._file
-        if file is None:
-            return
-        faulthandler.dump_traceback_later(_LAST, file=file, exit=True)  # should what follows hang, too
-        print(f"{why}: rank {rank}'s stacks:\n", file=file, flush=True)
-        faulthandler.dump_traceback(file, all_threads=True)
+
+def end_late(directory: Path, rank: int, seconds: float) -> NoReturn:
+    """Dump and end a process that has not come to its end `seconds` after a signal."""
+    why = f"not ended {seconds:g} s after a signal (watchdog.stop_seconds), the last checkpoint stands"
+    try:
+        file = _open(directory, rank)
+    except OSError:  # no place for it: better on the terminal than nowhere
+        file = sys.stderr
+    _bark(file, rank, why)
+
+
+def _open(directory: Path, rank: int) -> IO[str]:
+    path = directory / STACKS / f"rank-{rank:05d}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")
+
+
+def _bark(file: IO[str], rank: int, why: str) -> NoReturn:
+    faulthandler.dump_traceback_later(_LAST, file=file, exit=True)  # should what follows hang, too
+    print(f"{why}: rank {rank}'s stacks:\n", file=file, flush=True)
+    faulthandler.dump_traceback(file, all_threads=True)
+    if file is not sys.stderr:
         os.fsync(file.fileno())
         _dump_nccl(Path(file.name).with_suffix(".nccl"))
-        print(f"sieve train: rank {rank}: {why}; its stacks are in {file.name}; ending", file=sys.stderr, flush=True)
-        time.sleep(_GRACE)
-        os._exit(_EXIT)
+    print(f"sieve train: rank {rank}: {why}; its stacks are in {file.name}; ending", file=sys.stderr, flush=True)
+    time.sleep(_GRACE)
+    os._exit(_EXIT)
 
 
 def record_nccl(directory: Path) -> None:

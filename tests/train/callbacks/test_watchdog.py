@@ -18,9 +18,8 @@ from types import SimpleNamespace
 from sieve.train.callbacks import watchdog
 from sieve.train.callbacks.watchdog import Watchdog, WatchdogConfig
 watchdog._GRACE = 0.5
-stop = SimpleNamespace(since=None)
 run = SimpleNamespace(directory=Path(sys.argv[1]), rank=3)
-dog = Watchdog(WatchdogConfig(**eval(sys.argv[2])), stop)
+dog = Watchdog(WatchdogConfig(**eval(sys.argv[2])))
 dog.start(run)
 def deep_in_the_step():
     exec(sys.argv[3])
@@ -40,7 +39,7 @@ def outcome(tmp_path: Path, config: dict, ends: str) -> subprocess.CompletedProc
 
 @pytest.mark.parametrize(("config", "ends", "why"), [
     ({"seconds": 0.5}, "time.sleep(60)", "no step for 0.5 s (watchdog.seconds)"),
-    ({"seconds": 30, "stop_seconds": 0.5}, "stop.since = time.monotonic(); time.sleep(60)", "not ended 0.5 s after a signal"),
+    ({"seconds": 30}, "watchdog.end_late(Path(sys.argv[1]), 3, 0.5)", "not ended 0.5 s after a signal (watchdog.stop_seconds)"),
     ({"seconds": 1.5}, HELD, None),
 ])
 def test_a_hang_is_dumped_and_ended(tmp_path, config, ends, why):
