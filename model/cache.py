@@ -62,10 +62,10 @@ class LayerCache:
             token = (chunk.packing.cu_seqlens[:-1, None] + position - chunk.past[:, None]).clamp(0, x.shape[0] - 1)
             ring.copy_(torch.where(fresh[:, None, :, None], x[token.long()].transpose(1, 2), ring))
 
-    def _all(self, chunk: Chunk, names: tuple[str, str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, Hkv, m, D] in the places of their positions, and those [B, m]."""
+    def _all(self, chunk: Chunk, names: tuple[str, str]) -> tuple[Tensor, Tensor, None]:
+        """Keys and values [B, Hkv, m, D] in the places of their positions, which is what the None says."""
         keys, values = (self[name][:, :, : chunk.longest] for name in names)
-        return keys, values, torch.arange(chunk.longest, dtype=torch.int32, device=keys.device).expand(chunk.batch, -1)
+        return keys, values, None
 
     def _window(self, chunk: Chunk, names: tuple[str, str], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store the new tokens; keys, values [B, Hkv, W, D] that the chunk's windows reach, and positions [B, W]."""
@@ -82,8 +82,8 @@ class LayerCache:
 class FullCache(LayerCache):
     """Of a full-attention layer: every key and value."""
 
-    def extend(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Store packed k, v [T, Hkv, D]; all keys and values [B, Hkv, m, D] and their positions [B, m]."""
+    def extend(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, None]:
+        """Store packed k, v [T, Hkv, D]; all keys and values [B, Hkv, m, D], position p in place p."""
         self._append(chunk, k=k, v=v)
         return self._all(chunk, ("k", "v"))
 
@@ -117,8 +117,8 @@ class NSACache(LayerCache):
             return -(-(capacity // self.geometry.kernel_stride + 1) // TILE) * TILE
         return {"slc": capacity, "win": self.geometry.window_size, "raw": self.geometry.kernel_size}[kind]
 
-    def all(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, Hkv, m, D] of the selection and their positions [B, m], the chunk's included."""
+    def all(self, chunk: Chunk) -> tuple[Tensor, Tensor, None]:
+        """Keys and values [B, Hkv, m, D] of the selection, position p in place p, the chunk's included."""
         return self._all(chunk, ("k_slc", "v_slc"))
 
     def append(self, k_slc: Tensor, v_slc: Tensor, chunk: Chunk) -> None:

@@ -50,11 +50,11 @@ def _weigh(
             tl.store(next_ptr + block + 1, tl.sum(p * next_weight, 1), mask=block < blocks)
 
 
-@triton.jit(do_not_specialize=["slots", "parts", "width", "places"])
+@triton.jit(do_not_specialize=["slots", "parts", "width"])
 def weigh_and_window(
-    q_ptr, k_ptr, v_ptr, query_ptr, key_ptr, score_ptr, rank_ptr, o_ptr, stat_ptr,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn,
-    slots, parts, width, places, factor,
+    q_ptr, k_ptr, v_ptr, query_ptr, score_ptr, rank_ptr, o_ptr, stat_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    slots, parts, width, factor,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, WINDOW: tl.constexpr,
@@ -71,12 +71,12 @@ def weigh_and_window(
         q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
         k_ptr += batch * stride_kb + kv_head * stride_kh
         v_ptr += batch * stride_vb + kv_head * stride_vh
-        begin, end = part_range(places, part, WIN, KEYS)
+        begin, end = part_range(WINDOW, part, WIN, KEYS)
         acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
         for first in range(begin, end, KEYS):
             place = first + tl.arange(0, KEYS)
-            key = tl.load(key_ptr + batch * stride_pb + place * stride_pn, mask=place < end, other=-1)
-            visible = (key >= 0) & (key <= at) & (key > at - WINDOW)
+            # Position p lies in place p % WINDOW: no list of positions that addresses would wait for.
+            visible = (place < end) & ((place <= at) | (at >= WINDOW))
             row = place.to(tl.int64)
             acc0, acc1, top, total, _ = fold(
                 acc0, acc1, top, total, q0, q1, k_ptr + row * stride_kn, v_ptr + row * stride_vn, visible, factor,
@@ -125,9 +125,14 @@ def select(
     v_ptr += batch * stride_vb + kv_head * stride_vh
     begin, end = part_range(tl.minimum(current + 1, TOPK) * BLOCK, part, PARTS, KEYS)
     acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
+    place = tl.arange(0, 2**LOG_WIDTH)
+    picked = tl.load(index_ptr + place, mask=place < TOPK, other=-1)
     for first in range(begin, end, KEYS):
         key = first + tl.arange(0, KEYS)
-        chosen = tl.load(index_ptr + tl.minimum(key // BLOCK, TOPK - 1))
+        if BLOCK % KEYS == 0:  # from registers, so that the loads of several tiles can be under way
+            chosen = tl.sum(tl.where(place == first // BLOCK, picked, 0), 0)
+        else:
+            chosen = tl.load(index_ptr + tl.minimum(key // BLOCK, TOPK - 1))
         token = chosen * BLOCK + key % BLOCK
         visible = (key < end) & (chosen >= 0) & (token <= at)
         row = token.to(tl.int64)

@@ -60,14 +60,14 @@ def nsa_decode(
     if n != 1:
         raise ValueError(f"q {list(q.shape)} has {n} tokens a sequence; the decode kernels take one")
     (d0, d1), (e0, e1) = split_dim(Dqk), split_dim(Dv)
-    group, pairs, slots, places = H // Hkv, B * Hkv, k_cmp.shape[2], k_win.shape[2]
+    group, pairs, slots = H // Hkv, B * Hkv, k_cmp.shape[2]
     tile = tile or decode_tile(group, Dqk, Dv, q.dtype)
     programs = programs or 2 * multiprocessors(q.device)
     q, gates, query = q.contiguous(), gates.contiguous(), query.contiguous()
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = map(unit_stride, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
 
     cmp = parts_of(pairs, triton.cdiv(slots, tile.keys), programs)
-    win = parts_of(pairs, triton.cdiv(places, tile.keys), programs)
+    win = parts_of(pairs, triton.cdiv(geometry.window_size, tile.keys), programs)
     slc = parts_of(pairs, triton.cdiv(geometry.topk * geometry.block_size, tile.keys), programs)
     parts = cmp + win + slc
     a_padded = triton.next_power_of_2(geometry.block_size // geometry.kernel_stride)
@@ -97,8 +97,8 @@ def nsa_decode(
     )  # fmt: skip
     padded = {count: triton.next_power_of_2(count) for count in (cmp, win, slc)}
     weigh_and_window[(pairs, win + weigh)](
-        q, k_win, v_win, query, window_key, score, rank, o, stat, *k_win.stride()[:3], *v_win.stride()[:3],
-        *window_key.stride(), slots, parts, width, places, factor,
+        q, k_win, v_win, query, score, rank, o, stat, *k_win.stride()[:3], *v_win.stride()[:3],
+        slots, parts, width, factor,
         PADDED=triton.next_power_of_2(group), WINDOW=geometry.window_size, A_PADDED=a_padded, CMP=cmp,
         CMP_PADDED=padded[cmp], WEIGH=weigh, WIN=win, SLOTS=weighed, **shape, **tile.options,
     )  # fmt: skip
