@@ -209,8 +209,18 @@ class Cache:
             for layer in self.layers:
                 layer.reserve(capacity)
 
-    def begin(self, counts: Sequence[int]) -> Chunk:
-        """Lay out a chunk of counts[b] new tokens for sequence b. ValueError when it does not fit."""
+    def begin(self, counts: Sequence[int], *, bounded: bool = False) -> Chunk:
+        """Lay out a chunk of counts[b] new tokens for sequence b. ValueError when it does not fit.
+
+        bounded: the capacity stands in for the longest sequence's length, so that all shapes stay as sequences grow.
+        """
+        longest = self._after(counts)
+        return Chunk.of(
+            self.lengths, counts, self.geometry, self.capacity if bounded else longest, fresh=self.longest == 0
+        )
+
+    def _after(self, counts: Sequence[int]) -> int:
+        """The longest sequence's length with counts[b] more tokens; ValueError when they do not fit."""
         if len(counts) != self.batch or min(counts) < 0 or max(counts) < 1:
             raise ValueError(
                 f"counts={list(counts)}: give the number of new tokens of each of the {self.batch} sequences, not all 0"
@@ -220,11 +230,16 @@ class Cache:
             raise ValueError(
                 f"the cache holds {self.capacity} tokens a sequence and {longest} would be needed; call reserve({longest})"
             )
-        return Chunk.of(self.lengths, counts, self.geometry, longest, fresh=self.longest == 0)
+        return longest
 
     def commit(self, chunk: Chunk, counts: Sequence[int]) -> None:
         """The chunk's tokens are in every layer's cache."""
         self.lengths += chunk.count
+        self.count(counts)
+
+    def count(self, counts: Sequence[int]) -> None:
+        """Note on the host that sequences grew, which a replayed graph does on the device alone. ValueError past the room."""
+        self._after(counts)
         self._host = [a + b for a, b in zip(self._host, counts)]
         self.longest = max(self._host)
 

@@ -35,7 +35,7 @@ def decode_tile(group: int, d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
     """Small tiles with several loads under way: what counts is how many bytes are asked for at once."""
     rows = max(16, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        return Tile(rows, 32, 4, 1)
+        return Tile(rows, 32, 4, 1) if d_qk + d_v <= 256 else Tile(rows, 16, 8, 1)
     return Tile(rows, 64, 4, 3) if d_qk + d_v <= 256 else Tile(rows, 32, 4, 3)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sieve.kernels.common.dense import attend, compute_dtype
+from sieve.kernels.common.dims import supported_dims
 from sieve.kernels.full.sdpa import attend_fused, one_head_size
 
 Impl = Literal["auto", "triton", "sdpa", "reference"]
@@ -17,18 +18,16 @@ IMPLS = ("auto", "triton", "sdpa", "reference")
 CHUNK = 128  # queries whose scores, or mask, are held at once
 
 
-def _why_not_triton(q: Tensor, d_v: int) -> str | None:
-    """The reason why the Triton kernel cannot serve these queries; None when it can."""
-    if q.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {q.device.type}, and TRITON_INTERPRET=1 is not set"
+def why_not_triton(device: torch.device, dtype: torch.dtype, queries: int, d_qk: int, d_v: int) -> str | None:
+    """The reason why the Triton kernel cannot serve `queries` tokens a sequence; None when it can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
-    if q.shape[1] != 1:
-        return f"it takes one token a sequence, not {q.shape[1]}"
-    from sieve.kernels.full import decode_triton
-
-    if not decode_triton.serves(q.shape[3], d_v, q.dtype):
-        return f"it has no kernel for head dimensions {q.shape[3]} and {d_v} in {q.dtype}"
+    if queries != 1:
+        return f"it takes one token a sequence, not {queries}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32) or not {d_qk, d_v} <= set(supported_dims()):
+        return f"it has no kernel for head dimensions {d_qk} and {d_v} in {dtype}"
     return None
 
 
@@ -51,9 +50,12 @@ def cached_attention(
         raise ValueError(f"positions must be {[B, n]} and {[B, m]}, got {list(query.shape)} and {list(getattr(key, 'shape', []))}")
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
-    if impl == "triton" and (reason := _why_not_triton(q, Dv)):
-        raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
-    if impl == "triton" or impl == "auto" and q.is_cuda and _why_not_triton(q, Dv) is None:
+    if impl == "triton" or impl == "auto" and q.is_cuda:
+        reason = why_not_triton(q.device, q.dtype, n, Dqk, Dv)
+        if impl == "triton" and reason:
+            raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
+        impl = "sdpa" if reason else "triton"
+    if impl == "triton":
         from sieve.kernels.full import decode_triton  # needs the package triton
 
         with torch.no_grad():

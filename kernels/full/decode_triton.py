@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sieve.kernels.common.dims import split_dim, supported_dims
+from sieve.kernels.common.dims import split_dim
 from sieve.kernels.common.split_keys import Tile, decode_tile, empty_sum, fold, load_query, merged, part_range, parts_of, store_part
 from sieve.kernels.nsa.compress_tiles import multiprocessors, unit_stride
 
@@ -65,11 +65,6 @@ def _merge(o_ptr, stat_ptr, out_ptr, PARTS: tl.constexpr, PADDED: tl.constexpr, 
     out = merged(o_ptr, stat_ptr, head, 0, PARTS, PARTS, PADDED, DIM, WIDE)
     column = tl.arange(0, WIDE)
     tl.store(out_ptr + head.to(tl.int64) * DIM + column, out.to(out_ptr.dtype.element_ty), mask=column < DIM)
-
-
-def serves(d_qk: int, d_v: int, dtype: torch.dtype) -> bool:
-    """Whether there is a kernel for these head dimensions and this dtype."""
-    return {d_qk, d_v} <= set(supported_dims()) and dtype in (torch.float16, torch.bfloat16, torch.float32)
 
 
 def cached_attention(

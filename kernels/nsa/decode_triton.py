@@ -12,6 +12,8 @@ length is not touched: the launches can stand in a CUDA graph that is replayed w
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -45,6 +47,15 @@ def _merge(
     tl.store(out_ptr + head.to(tl.int64) * DIM + column, out.to(out_ptr.dtype.element_ty), mask=column < DIM)
 
 
+class Launches(NamedTuple):
+    """The four launches in their order, what they write to, and the number of each branch's parts."""
+
+    calls: dict[str, Callable[[], object]]
+    out: Tensor
+    index: Tensor
+    parts: dict[str, int]
+
+
 def nsa_decode(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     query: Tensor, window_key: Tensor, longest: int, geometry: Geometry, *, scale: float, tile: Tile | None = None,
@@ -52,10 +63,22 @@ def nsa_decode(
 ) -> tuple[Tensor, Tensor]:
     """See sieve.kernels.nsa.decode, n = 1: out [B, 1, H, Dv] and the selected blocks int32 [B, 1, Hkv, topk].
 
-    longest plays no part: sequences' own lengths and the caches' shapes do. programs: about how many run at once (None:
-    two a multiprocessor). Scratch memory: fp32 [B, H, C] and smaller. scale must be positive.
+    window_key and longest play no part: sequences' own lengths and the caches' shapes do. programs: about how many run
+    at once (None: two a multiprocessor). Scratch memory: fp32 [B, H, C] and smaller. scale must be positive.
     Raises ValueError on more than one token a sequence, and for head dimensions without a kernel.
     """
+    tensors = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, query)
+    found = launches(*tensors, geometry, scale=scale, tile=tile, programs=programs)
+    for call in found.calls.values():
+        call()
+    return found.out, found.index
+
+
+def launches(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+    query: Tensor, geometry: Geometry, *, scale: float, tile: Tile | None = None, programs: int | None = None,
+) -> Launches:
+    """What nsa_decode launches, one by one, for who wants to time them."""
     (B, n, H, Dqk), (_, Hkv, S, Dv) = q.shape, v_slc.shape
     if n != 1:
         raise ValueError(f"q {list(q.shape)} has {n} tokens a sequence; the decode kernels take one")
@@ -91,24 +114,33 @@ def nsa_decode(
         "STRIDE": geometry.kernel_stride, "BLOCK": geometry.block_size, "TOPK": geometry.topk, "ROWS": tile.rows,
         "KEYS": tile.keys,
     }
-    compress[(pairs, cmp)](
-        q, k_cmp, v_cmp, query, score, o, stat, *k_cmp.stride()[:3], *v_cmp.stride()[:3], slots, parts, factor,
-        PARTS=cmp, **shape, **tile.options,
-    )  # fmt: skip
     padded = {count: triton.next_power_of_2(count) for count in (cmp, win, slc)}
-    weigh_and_window[(pairs, win + weigh)](
-        q, k_win, v_win, query, score, rank, o, stat, *k_win.stride()[:3], *v_win.stride()[:3],
-        slots, parts, width, factor,
-        PADDED=triton.next_power_of_2(group), WINDOW=geometry.window_size, A_PADDED=a_padded, CMP=cmp,
-        CMP_PADDED=padded[cmp], WEIGH=weigh, WIN=win, SLOTS=weighed, **shape, **tile.options,
-    )  # fmt: skip
-    select[(pairs, slc)](
-        q, k_slc, v_slc, query, rank, index, o, stat, *k_slc.stride()[:3], *v_slc.stride()[:3], slots, parts, width,
-        factor, INIT=geometry.init_blocks, LOCAL=geometry.local_blocks, LOG_WIDTH=log_width, LOG_CHUNK=log_chunk,
-        BEFORE=cmp + win, PARTS=slc, **shape, **tile.options,
-    )  # fmt: skip
-    _merge[(B * H,)](
-        o, stat, gates, out, parts, CMP=cmp, CMP_PADDED=padded[cmp], WIN=win, WIN_PADDED=padded[win], SLC=slc,
-        SLC_PADDED=padded[slc], DIM=Dv, WIDE=triton.next_power_of_2(Dv), num_warps=4,
-    )  # fmt: skip
-    return out, index[0]
+
+    def compression() -> None:
+        compress[(pairs, cmp)](
+            q, k_cmp, v_cmp, query, score, o, stat, *k_cmp.stride()[:3], *v_cmp.stride()[:3], slots, parts, factor,
+            PARTS=cmp, **shape, **tile.options,
+        )  # fmt: skip
+
+    def weights_and_window() -> None:
+        weigh_and_window[(pairs, win + weigh)](
+            q, k_win, v_win, query, score, rank, o, stat, *k_win.stride()[:3], *v_win.stride()[:3], slots, parts, width,
+            factor, PADDED=triton.next_power_of_2(group), WINDOW=geometry.window_size, A_PADDED=a_padded, CMP=cmp,
+            CMP_PADDED=padded[cmp], WEIGH=weigh, WIN=win, SLOTS=weighed, **shape, **tile.options,
+        )  # fmt: skip
+
+    def selection() -> None:
+        select[(pairs, slc)](
+            q, k_slc, v_slc, query, rank, index, o, stat, *k_slc.stride()[:3], *v_slc.stride()[:3], slots, parts, width,
+            factor, INIT=geometry.init_blocks, LOCAL=geometry.local_blocks, LOG_WIDTH=log_width, LOG_CHUNK=log_chunk,
+            BEFORE=cmp + win, PARTS=slc, **shape, **tile.options,
+        )  # fmt: skip
+
+    def merge() -> None:
+        _merge[(B * H,)](
+            o, stat, gates, out, parts, CMP=cmp, CMP_PADDED=padded[cmp], WIN=win, WIN_PADDED=padded[win], SLC=slc,
+            SLC_PADDED=padded[slc], DIM=Dv, WIDE=triton.next_power_of_2(Dv), num_warps=4,
+        )  # fmt: skip
+
+    calls = {"compression": compression, "weights, window": weights_and_window, "top-n, selection": selection, "merge": merge}
+    return Launches(calls, out, index[0], {"compression": cmp, "window": win, "selection": slc})

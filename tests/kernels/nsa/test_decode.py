@@ -176,7 +176,7 @@ def test_what_auto_chooses(caplog, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     log._log.cache_clear()
     with caplog.at_level(logging.INFO):
-        assert resolve_impl("auto", torch.device("cpu"), torch.float32, 1) == "reference"
+        assert resolve_impl("auto", torch.device("cpu"), torch.float32, 1, 64, 64) == "reference"
     assert "the tensors are on cpu" in caplog.text
     with pytest.raises(ValueError, match="impl='triton' cannot be had: the tensors are on cpu"):
-        resolve_impl("triton", torch.device("cpu"), torch.float32, 1)
+        resolve_impl("triton", torch.device("cpu"), torch.float32, 1, 64, 64)
