@@ -48,16 +48,18 @@ class LayerCache:
     def _append(self, chunk: Chunk, **new: Tensor) -> None:
         """Packed new tokens [T, Hkv, D] to the places of their positions."""
         for name, x in new.items():
-            self._tensors[name][chunk.packing.doc.long(), :, chunk.position.long()] = x
+            row, place = chunk.place
+            self._tensors[name][row, :, place] = x
 
     def _roll(self, chunk: Chunk, **new: Tensor) -> None:
         """Packed new tokens into a window's places, over the oldest."""
         for name, x in new.items():
             ring = self._tensors[name]
             if chunk.width == 1:
-                ring[chunk.packing.doc.long(), :, chunk.position.long() % ring.shape[2]] = x
+                row, place = chunk.place
+                ring[row, :, place % ring.shape[2]] = x
                 continue
-            position = chunk.ring(ring.shape[2], chunk.past + chunk.count)  # [B, w]
+            position = chunk.last(ring.shape[2])  # [B, w]
             fresh = position >= chunk.past[:, None]
             token = (chunk.packing.cu_seqlens[:-1, None] + position - chunk.past[:, None]).clamp(0, x.shape[0] - 1)
             ring.copy_(torch.where(fresh[:, None, :, None], x[token.long()].transpose(1, 2), ring))
@@ -72,7 +74,7 @@ class LayerCache:
         size = self[names[0]].shape[2]
         if chunk.width == 1:
             self._roll(chunk, **dict(zip(names, (k, v))))
-            return self[names[0]], self[names[1]], chunk.ring(size, chunk.past + chunk.count)
+            return self[names[0]], self[names[1]], chunk.last(size)
         both = [torch.cat([self[name], chunk.pad(x).transpose(1, 2)], 2) for name, x in zip(names, (k, v))]
         position = torch.cat([chunk.ring(size, chunk.past), chunk.new_position], 1)
         self._roll(chunk, **dict(zip(names, (k, v))))
@@ -159,7 +161,7 @@ class NSACache(LayerCache):
             return self._window(chunk, ("k_win", "v_win"), k, v)
         size = self.geometry.window_size
         if chunk.width == 1:
-            position = chunk.ring(size, chunk.past + chunk.count)
+            position = chunk.last(size)
         else:
             back = torch.arange(1 - size, chunk.width, dtype=torch.int32, device=k.device)
             position = (chunk.past[:, None] + back).clamp(min=-1)
@@ -212,14 +214,15 @@ class Cache:
     def begin(self, counts: Sequence[int], *, bounded: bool = False) -> Chunk:
         """Lay out a chunk of counts[b] new tokens for sequence b. ValueError when it does not fit.
 
-        bounded: the capacity stands in for the longest sequence's length, so that all shapes stay as sequences grow.
+        bounded: the capacity stands in for the longest sequence's length, so that all shapes stay as sequences grow; who
+        asks for it calls `count`, since a step may be replayed.
         """
-        longest = self._after(counts)
+        longest = self.after(counts)
         return Chunk.of(
             self.lengths, counts, self.geometry, self.capacity if bounded else longest, fresh=self.longest == 0
         )
 
-    def _after(self, counts: Sequence[int]) -> int:
+    def after(self, counts: Sequence[int]) -> int:
         """The longest sequence's length with counts[b] more tokens; ValueError when they do not fit."""
         if len(counts) != self.batch or min(counts) < 0 or max(counts) < 1:
             raise ValueError(
@@ -232,14 +235,12 @@ class Cache:
             )
         return longest
 
-    def commit(self, chunk: Chunk, counts: Sequence[int]) -> None:
+    def commit(self, chunk: Chunk) -> None:
         """The chunk's tokens are in every layer's cache."""
         self.lengths += chunk.count
-        self.count(counts)
 
     def count(self, counts: Sequence[int]) -> None:
-        """Note on the host that sequences grew, which a replayed graph does on the device alone. ValueError past the room."""
-        self._after(counts)
+        """Note on the host by how much sequences grew, which a captured graph does on the device alone."""
         self._host = [a + b for a, b in zip(self._host, counts)]
         self.longest = max(self._host)
 

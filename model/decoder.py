@@ -126,7 +126,8 @@ class Decoder(nn.Module):
 
         tokens int64 [T]: counts[b] new ones of sequence b, laid end to end, as many at a time as one likes. -> [B, vocab]
         after each sequence's last new token (NaN for one without new tokens), or with `every` [T, vocab] after each.
-        Equal to `logits` of the whole sequences within rounding. bounded: see Cache.begin. Raises ValueError when counts do not fit the tokens or
+        Equal to `logits` of the whole sequences within rounding. bounded: see Cache.begin.
+        Raises ValueError when counts do not fit the tokens or
         the cache.
         """
         x = self.extend_hidden(tokens, counts, cache, bounded=bounded)
@@ -151,7 +152,9 @@ class Decoder(nn.Module):
         x = self.embed(tokens.flatten())
         for layer, own in zip(self.layers, cache.layers):
             x, _ = layer(x, context=context, cache=own)
-        cache.commit(chunk, counts)
+        cache.commit(chunk)
+        if not bounded:
+            cache.count(counts)
         return self.norm(x)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

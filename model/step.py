@@ -7,6 +7,8 @@ the others replay it: the many small launches of a step then cost the host nothi
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,13 @@ from sieve.kernels.nsa.decode import decode_kernels_missing
 from sieve.model.cache import Cache
 from sieve.model.decoder import Decoder
 
+log = logging.getLogger(__name__)
+
 PLAIN_STEPS = 2  # before the capture: they compile and load the kernels, and one answer of two tokens is not worth a graph
 
 
 def why_not_graph(model: Decoder, cache: Cache) -> str | None:
-    """The reason why steps of `model` on `cache` cannot be replayed from a graph, or not with the same result; None if they can."""
+    """The reason why steps of `model` on `cache` cannot be replayed, or not with the same result; None if they can."""
     weight, config, attention = model.embed.weight, model.config, model.attention_config
     if not weight.is_cuda:
         return f"the model is on {weight.device.type}"
@@ -55,17 +59,27 @@ class Step:
     def __call__(self, tokens: Tensor) -> Tensor:
         if not self._graph:
             return self._model.extend(tokens, self._counts, self._cache)
+        self._cache.after(self._counts)
         self._done += 1
-        if self._done <= PLAIN_STEPS:
-            return self._model.extend(tokens, self._counts, self._cache, bounded=True)
-        if self._captured is None:
-            self._tokens = tokens.clone()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):  # nothing runs yet, but the host's count of tokens goes up
-                self._logits = self._model.extend(self._tokens, self._counts, self._cache, bounded=True)
-            self._captured = graph
-        else:
-            self._cache.count(self._counts)
+        if self._done > PLAIN_STEPS and self._captured is None:
+            self._capture(tokens)
+        if self._captured is not None:
             self._tokens.copy_(tokens)
-        self._captured.replay()
+            self._captured.replay()
+        else:  # not yet, or it failed
+            self._logits = self._model.extend(tokens, self._counts, self._cache, bounded=True)
+        self._cache.count(self._counts)
         return self._logits
+
+    def _capture(self, tokens: Tensor) -> None:
+        """Nothing of it runs: neither caches nor lengths change."""
+        self._tokens = tokens.clone()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                self._logits = self._model.extend(self._tokens, self._counts, self._cache, bounded=True)
+        except RuntimeError as error:  # a library's kernel that no graph takes
+            log.warning("decoding without a CUDA graph, since capturing one failed: %s", str(error).splitlines()[0])
+            self._graph = False
+        else:
+            self._captured = graph

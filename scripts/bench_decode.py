@@ -28,7 +28,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--shapes", default="64/4/128/128,12/3/64/64", help="heads/kv_heads/d_qk/d_v, separated by commas (default %(default)s)")
+    add("--shapes", default="64/4/128/128,12/3/64/64", help="heads/kv_heads/d_qk/d_v, by commas (default %(default)s)")
     add("--lengths", default="8192,32768,65536,131072", help="tokens a sequence has (default %(default)s)")
     add("--batches", default="1,8,32", help="sequences (default %(default)s)")
     add("--rivals", default=",".join(RIVALS), help="of these, or none (default %(default)s)")

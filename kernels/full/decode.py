@@ -47,7 +47,8 @@ def cached_attention(
     if H % Hkv or tuple(k.shape) != (B, Hkv, m, Dqk) or v.shape[0] != B:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
     if tuple(query.shape) != (B, n) or key is not None and tuple(key.shape) != (B, m):
-        raise ValueError(f"positions must be {[B, n]} and {[B, m]}, got {list(query.shape)} and {list(getattr(key, 'shape', []))}")
+        got = [list(x.shape) for x in (query, key) if x is not None]
+        raise ValueError(f"positions must be {[B, n]} and {[B, m]}, got {' and '.join(map(str, got))}")
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
     if impl == "triton" or impl == "auto" and q.is_cuda:

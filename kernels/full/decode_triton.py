@@ -14,7 +14,17 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.common.split_keys import Tile, decode_tile, empty_sum, fold, load_query, merged, part_range, parts_of, store_part
+from sieve.kernels.common.split_keys import (
+    Tile,
+    decode_tile,
+    empty_sum,
+    fold,
+    load_query,
+    merged,
+    part_range,
+    parts_of,
+    store_part,
+)  # fmt: skip
 from sieve.kernels.nsa.compress_tiles import multiprocessors, unit_stride
 
 

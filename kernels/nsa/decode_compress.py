@@ -1,8 +1,8 @@
 """Compression attention of one new token a sequence, its keys split among programs; scores are left for the top-n.
 
 K_cmp and V_cmp are read once. The top-n needs weights of the whole softmax, whose sum is known only when all parts are
-done: what is left for it are the scores, fp32 [B, Hkv, group, C], an eighth of the bytes of K_cmp and V_cmp in bf16 at 16 heads a
-group and d 128, and for the most part still in the L2 cache when the next kernel reads them.
+done: what is left for it are the scores, fp32 [B, Hkv, group, C], an eighth of the bytes of K_cmp and V_cmp in bf16 at
+16 heads a group and d 128, and for the most part still in the L2 cache when the next kernel reads them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Equation 9, the window, the top-n and the selected blocks of one new token a sequence.
 
 `weigh_and_window` turns the scores into importances, in many programs, beside others that attend to the window, which
-waits for nothing. Then each program of `select` picks its pair's blocks, all those of a pair the same ones, since that takes less
-time than another launch, and attends to its share of them.
+waits for nothing. Then each program of `select` picks its pair's blocks, all those of a pair the same ones, which spares
+a launch, and attends to its share of them.
 """
 
 from __future__ import annotations

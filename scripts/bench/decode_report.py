@@ -12,7 +12,8 @@ def print_layers(run: dict) -> None:
         return
     bandwidth = run["ceilings"]["bandwidth"]
     print(f"\none layer's step, microseconds in a CUDA graph (launched anew); floor: bytes at {bandwidth / 1e12:.2f} TB/s")
-    print(f"{'shape':>16}{'tokens':>8}{'batch':>6}{'nsa':>18}{'of floor':>9}{'full, fastest':>30}{'of floor':>9}{'ratio':>7}{'bytes':>7}")
+    titles = {"shape": 16, "tokens": 8, "batch": 6, "nsa": 18, "floor": 9, "full, fastest": 30, "its floor": 10}
+    print("".join(f"{title:>{width}}" for title, width in (titles | {"ratio": 7, "bytes": 7}).items()))
     for row in rows:
         best, mine = fastest(row, "graph"), row["graph"].get("nsa", {}).get("ms")
         anew = row["launched"].get("nsa", {}).get("ms")
@@ -21,15 +22,14 @@ def print_layers(run: dict) -> None:
         line = f"{row['shape']:>16}{row['tokens']:>8}{row['batch']:>6}{' '.join(cells):>18}"
         line += f"{floors['nsa'] / mine:>9.0%}" if mine else f"{'':>9}"
         if best:
-            line += f"{f'{best[0]} {best[1] * 1e3:.1f}':>30}{floors['full'] / best[1]:>9.0%}"
+            line += f"{f'{best[0]} {best[1] * 1e3:.1f}':>30}{floors['full'] / best[1]:>10.0%}"
         if best and mine:
             line += f"{best[1] / mine:>7.2f}{row['bytes']['full'] / row['bytes']['nsa']:>7.1f}"
         print(line)
     print("\nby launch and by rival, microseconds in a CUDA graph")
     for row in rows:
-        parts = ", ".join(
-            f"{name.removeprefix('nsa: ')} {t['ms'] * 1e3:.1f}" for name, t in row["graph"].items() if "ms" in t and name != "nsa"
-        )
+        timed = {name: t["ms"] * 1e3 for name, t in row["graph"].items() if "ms" in t and name != "nsa"}
+        parts = ", ".join(f"{name.removeprefix('nsa: ')} {us:.1f}" for name, us in timed.items())
         print(f"  {row['shape']} {row['tokens']} x {row['batch']}: {parts}")
     for text in sorted({f"  {name}: {error}" for row in rows for name, error in row["errors"].items()}):
         print(text)

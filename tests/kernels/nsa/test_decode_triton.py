@@ -65,7 +65,7 @@ def importances(case):
         p = s.masked_fill(~seen, -math.inf).exp().sum(2)[:, :, 0]
         padded = torch.nn.functional.pad(p, (geometry.kernel_size // geometry.kernel_stride - 1, 64))
         step = geometry.block_size // geometry.kernel_stride
-        found.append(sum(w * padded[..., m : m + step * num_blocks : step][..., :num_blocks] for m, w in enumerate(geometry.overlap)))
+        found.append(sum(w * padded[..., m : m + step * num_blocks : step] for m, w in enumerate(geometry.overlap)))
         return choose(q, lse, k_cmp, seen, query, num_blocks, geometry, scale)
 
     decode_reference.rank_blocks = keep
