@@ -102,6 +102,7 @@ def compile_window(*shape):
 
 
 def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
+    from sieve.kernels.full import decode_triton as full_decode
     from sieve.kernels.nsa import decode_triton
     from sieve.kernels.nsa.geometry import Geometry
 
@@ -110,6 +111,7 @@ def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     tensors = [torch.zeros(s, dtype=dtype) for s in (*shapes, (1, 1, heads, 3))]
     query, key = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 512, dtype=torch.int32)
     decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, programs=264)
+    full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264)
 
 
 def compile_operator(*shape):

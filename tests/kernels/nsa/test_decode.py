@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sieve.kernels.common import log
-from sieve.kernels.nsa import reference
+from sieve.kernels.nsa import decode_reference, reference
 from sieve.kernels.nsa.decode import nsa_decode, resolve_impl
 from sieve.kernels.nsa.decode_reference import CHUNK
 from sieve.kernels.nsa.geometry import Geometry
@@ -130,6 +130,18 @@ def test_importances_are_training_s_to_the_bit(packed, monkeypatch, heads, dim_q
         decode(tensors, packing, TOY, [(t, t + 1)], 0.1)
         (own,) = seen
         assert torch.equal(own[0, :, 0], whole[0, :, t, : t // 16 + 1]), t
+
+
+def test_more_queries_at_a_time_choose_the_same(packed, monkeypatch):
+    """As on a GPU, where chunks are as large as memory allows."""
+    lengths = [300]
+    packing, tensors = packed(lengths), inputs(lengths, TOY)
+    found = []
+    for chunk in (CHUNK, 1024):
+        monkeypatch.setattr(decode_reference, "chunk_for", lambda q, keys, chunk=chunk: chunk)
+        found.append(decode(tensors, packing, TOY, [(10, 300)], 0.3)[1])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
 
 
 def test_all_ties_go_to_the_lower_block(packed):
