@@ -39,7 +39,7 @@ def _attend(
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = pair % HEADS_KV
+    kv_head = (pair % HEADS_KV).to(tl.int64)
     at = tl.load(query_ptr + batch)
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
     k_ptr += batch * stride_kb + kv_head * stride_kh

@@ -26,7 +26,7 @@ def compress(
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = pair % HEADS_KV
+    kv_head = (pair % HEADS_KV).to(tl.int64)
     at = tl.load(query_ptr + batch)
     seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
     begin, end = part_range(seen, part, PARTS, KEYS)

@@ -65,7 +65,7 @@ def weigh_and_window(
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = pair % HEADS_KV
+    kv_head = (pair % HEADS_KV).to(tl.int64)
     at = tl.load(query_ptr + batch)
     if part < WIN:
         q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
@@ -106,7 +106,7 @@ def select(
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = pair % HEADS_KV
+    kv_head = (pair % HEADS_KV).to(tl.int64)
     at = tl.load(query_ptr + batch)
     current = at // BLOCK
     # A query with no more candidates than it may choose takes them all, whatever they weigh.

@@ -48,12 +48,13 @@ def formula_bytes(decoder: Decoder, batch: int, capacity: int) -> int:
 
 @torch.no_grad()
 def measure(decoder: Decoder, tokens: int, batch: int, steps: int) -> Decoding:
-    """Prefill of `tokens` random tokens a sequence, a sequence at a time; then `steps` greedy steps of each kind."""
+    """One prefill of `tokens` random tokens, copied to all sequences; then `steps` greedy steps of each kind."""
     device = decoder.embed.weight.device
-    cache = decoder.new_cache(batch, tokens + 4 * steps + 16)
+    cache = decoder.new_cache(1, tokens + 4 * steps + 16)
     rng = torch.Generator(device).manual_seed(0)
-    prompt = torch.randint(0, VOCABULARY, (batch * tokens,), generator=rng, device=device)
-    logits = decoder.extend(prompt, [tokens] * batch, cache)
+    prompt = torch.randint(0, VOCABULARY, (tokens,), generator=rng, device=device)
+    logits = decoder.extend(prompt, [tokens], cache).expand(batch, -1)
+    cache.select([0] * batch)
     found, no_graph = {}, why_not_graph(decoder, cache)
     for name, graph in (("launches", False), ("graph", True)):
         if graph and no_graph:
