@@ -150,10 +150,8 @@ class NSACache(LayerCache):
         if not chunk.block_slot.numel():
             return
         for name, x in (("k_cmp", k), ("v_cmp", v)):
-            spare = self[name].shape[2] - 1
-            place = torch.where(chunk.block_valid, chunk.block_number, spare)  # [B, N]
-            row = torch.arange(chunk.batch, device=x.device)[:, None].expand_as(place)
-            self[name][row, :, place] = x[chunk.block_slot]
+            place = chunk.block_place(self[name].shape[2] - 1)  # [B, N]
+            self[name][chunk.block_row, :, place] = x[chunk.block_slot]
 
     def window(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """Store packed k, v [T, Hkv, D]; keys, values [B, Hkv, W, D] and positions [B, W] of the chunk's windows."""

@@ -105,6 +105,21 @@ class Chunk:
             self._last[size] = self.ring(size, self.past + self.count)
         return self._last[size]
 
+    @functools.cached_property
+    def block_row(self) -> Tensor:
+        """int64 [B, N]: the sequence of each of block_number's blocks."""
+        return torch.arange(self.batch, device=self.past.device)[:, None].expand_as(self.block_number)
+
+    @functools.cached_property
+    def _block_place(self) -> dict[int, Tensor]:
+        return {}
+
+    def block_place(self, spare: int) -> Tensor:
+        """int64 [B, N]: block_number, or `spare` for what is not complete; worked out for the first layer that asks."""
+        if spare not in self._block_place:
+            self._block_place[spare] = torch.where(self.block_valid, self.block_number, spare)
+        return self._block_place[spare]
+
     @property
     def new_position(self) -> Tensor:
         """int32 [B, width]: positions of the new tokens, -1 past a sequence's last."""

@@ -1,7 +1,7 @@
 """One new token for every sequence of a cache, step after step: launched anew, or replayed from a CUDA graph.
 
 With one token a sequence all shapes are fixed, nothing is read on the host, and the decode kernels look at the lengths
-on the device. So the step after the first few is captured, with the cache's capacity as the bound of all lengths, and
+on the device. So the step after the first ones is captured, with the cache's capacity as the bound of all lengths, and
 the others replay it: the many small launches of a step then cost the host nothing.
 """
 
@@ -19,7 +19,9 @@ from sieve.model.decoder import Decoder
 
 log = logging.getLogger(__name__)
 
-PLAIN_STEPS = 2  # before the capture: they compile and load the kernels, and one answer of two tokens is not worth a graph
+# Before the capture: they compile and load the kernels, and take about the time that capturing does, so that batches which
+# texts leave soon, each of which needs a graph of its own, lose at most as much as they would without.
+PLAIN_STEPS = 16
 
 
 def why_not_graph(model: Decoder, cache: Cache) -> str | None:

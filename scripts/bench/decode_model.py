@@ -9,10 +9,11 @@ import torch
 
 from sieve.model.decoder import Decoder
 from sieve.model.init import initialize
-from sieve.model.step import Step, why_not_graph
+from sieve.model.step import PLAIN_STEPS, Step, why_not_graph
 from sieve.train.overrides import load_config
 
 VOCABULARY = 32_000
+WARM = PLAIN_STEPS + 2
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ def formula_bytes(decoder: Decoder, batch: int, capacity: int) -> int:
 def measure(decoder: Decoder, tokens: int, batch: int, steps: int) -> Decoding:
     """One prefill of `tokens` random tokens, copied to all sequences; then `steps` greedy steps of each kind."""
     device = decoder.embed.weight.device
-    cache = decoder.new_cache(1, tokens + 4 * steps + 16)
+    cache = decoder.new_cache(1, tokens + 2 * (steps + WARM) + 1)
     rng = torch.Generator(device).manual_seed(0)
     prompt = torch.randint(0, VOCABULARY, (tokens,), generator=rng, device=device)
     logits = decoder.extend(prompt, [tokens], cache).expand(batch, -1)
@@ -60,7 +61,7 @@ def measure(decoder: Decoder, tokens: int, batch: int, steps: int) -> Decoding:
         if graph and no_graph:
             continue
         step = Step(decoder, cache, graph=graph)
-        for _ in range(min(steps, 5)):  # compiles, captures
+        for _ in range(WARM):  # compiles, captures
             logits = step(logits.argmax(-1))
         _wait(device)
         start = time.perf_counter()

@@ -99,8 +99,8 @@ def test_replayed_steps_equal_launched_ones(decoder, kind):
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     assert steps[1]._captured is not None and torch.equal(caches[0].lengths, caches[1].lengths)
     with pytest.raises(ValueError, match="the cache holds 120 tokens"):
-        for _ in range(20):
+        for _ in range(20):  # 50 + 60 + 10 fill it
             steps[1](token.repeat(2))
-    prompts, sampling = [t.tolist() for t in texts(40, 7, 90)], Sampling(max_tokens=30)
+    prompts, sampling = [t.tolist() for t in texts(40, 7, 90)], Sampling(max_tokens=80)
     plain, graph = (complete(made, prompts, sampling, stop_ids=[3, 11, 40], graph=graph) for graph in (False, True))
     assert plain == graph
