@@ -14,6 +14,7 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   sieve bench decode --quick                                         64k, batch 8, one shape, no model
+  sieve bench decode --quick --sweep                                 tile sizes
   sieve bench decode --shapes 64/4/192/128 --lengths 65536 --batches 1,8
   sieve bench decode --cpu                                           the code paths at toy sizes, no figures worth keeping
 Results are written after each row. Exit status: 1 where a shape was wrong (it is not timed), 2 without a GPU.
@@ -35,6 +36,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--models", default="small", help="shipped model configs, separated by commas, or none (default %(default)s)")
     add("--steps", type=int, default=64, help="of a whole model's decoding (default %(default)s)")
     add("--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)")
+    add("--sweep", action="store_true", help="time tile sizes and numbers of programs instead, without rivals and models")
     add("--quick", action="store_true", help="64k, batch 8, the first shape, three rounds, no model")
     add("--cpu", action="store_true", help="run everything on the CPU at toy sizes, to see that it works")
     add("--out", type=Path, default=Path("benchmarks/decode"), help="folder of decode.json (default %(default)s)")
@@ -139,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     right = _checked(shapes, geometry, options, run)
     save()
     if not options.cpu:
-        from sieve.scripts.bench.decode_timing import time_layer
+        from sieve.scripts.bench.decode_timing import sweep, time_layer
         from sieve.scripts.bench.timing import measure_ceilings
 
         run["ceilings"] = vars(measure_ceilings())
@@ -148,11 +150,16 @@ def main(argv: list[str] | None = None) -> int:
         for shape in right:
             for tokens in options.lengths:
                 for batch in options.batches:
-                    row = time_layer(shape, geometry, tokens, batch, options.rivals, options.rounds)
-                    run["layers"].append(row)
+                    case = (shape, geometry, tokens, batch)
+                    if options.sweep:
+                        print(f"{shape}, {tokens} tokens, batch {batch}, microseconds", flush=True)
+                        run["layers"].append(sweep(*case, options.rounds))
+                    else:
+                        run["layers"].append(time_layer(*case, options.rivals, options.rounds))
                     save()
                     torch.cuda.empty_cache()
-    _models(options, run, save)
+    if not options.sweep:
+        _models(options, run, save)
     print_layers(run)
     print_models(run)
     return int(len(right) < len(shapes))

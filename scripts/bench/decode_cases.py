@@ -69,15 +69,20 @@ def entry_bytes(shape: Shape, itemsize: int = 2) -> int:
     return shape.kv_heads * (shape.d_qk + shape.d_v) * itemsize
 
 
-def ours(case: DecodeCase) -> tuple[Call, dict[str, Call]]:
-    """The operator, and its launches one by one, which go on from what the ones before left."""
+def ours(case: DecodeCase, **options: object) -> tuple[Call, dict[str, Call]]:
+    """The operator, and its launches one by one, which go on from what the ones before left: all have run once.
+
+    options: tile, programs.
+    """
     from sieve.kernels.nsa.decode_triton import launches, nsa_decode
 
     args = (case.q, *case.kv, case.gates, case.query)
-    found = launches(*args, case.geometry, scale=case.scale)
+    found = launches(*args, case.geometry, scale=case.scale, **options)
+    for call in found.calls.values():
+        call()
 
     def whole() -> Tensor:
-        return nsa_decode(*args, case.window_key, case.longest, case.geometry, scale=case.scale)[0]
+        return nsa_decode(*args, case.window_key, case.longest, case.geometry, scale=case.scale, **options)[0]
 
     return whole, found.calls
 
