@@ -107,6 +107,7 @@ def sweep(shape: Shape, geometry: Geometry, tokens: int, batch: int, rounds: int
     options += [
         {"tile": Tile(table.rows, keys, warps, stages), "programs": 2 * multiprocessors(device)}
         for keys in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
+        if (keys, warps, stages) != (table.keys, table.num_warps, table.num_stages)
     ]
     cases = [
         draw(shape, [tokens] * batch, geometry, seed=seed) for seed in range(caches_for(shape, geometry, tokens, batch))
