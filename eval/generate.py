@@ -9,16 +9,19 @@ import torch
 from sieve.eval.config import Sampling
 from sieve.eval.sampling import Sampler
 from sieve.model.decoder import Decoder
+from sieve.model.step import Step, why_not_graph
 
 
 def generate(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, *, stop_ids: Sequence[int] = (),
-    prefill: int | None = None,
+    prefill: int | None = None, graph: bool | None = None,
 ) -> Iterator[dict[int, int]]:
     """Yields {row: token} of every text that still goes on, step by step; send() a set of rows to end those too.
 
     A text ends after one of stop_ids or max_tokens; finished ones leave the batch. prefill: prompt tokens a sequence
-    taken in at a time, which bounds memory (None: all). Raises ValueError for an empty prompt.
+    taken in at a time, which bounds memory (None: all). graph: replay steps from a CUDA graph, captured anew when texts
+    end (None: where that can be; see sieve.model.step). Raises ValueError for an empty prompt, and for a graph that
+    cannot be had.
     """
     empty = [row for row, prompt in enumerate(prompts) if not prompt]
     if empty or not prompts:
@@ -26,13 +29,14 @@ def generate(
     training = model.training
     model.eval()
     try:
-        yield from _generate(model, prompts, sampling, frozenset(stop_ids), prefill)
+        yield from _generate(model, prompts, sampling, frozenset(stop_ids), prefill, graph)
     finally:
         model.train(training)
 
 
 def _generate(
-    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int], prefill: int | None
+    model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int], prefill: int | None,
+    graph: bool | None,
 ) -> Iterator[dict[int, int]]:
     device = model.embed.weight.device
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + sampling.max_tokens)
@@ -47,6 +51,8 @@ def _generate(
         logits = found if logits is None else torch.where(took, found, logits)
     samplers = [Sampler(sampling, row) for row in range(len(prompts))]
     rows = list(range(len(prompts)))
+    graph = why_not_graph(model, cache) is None if graph is None else graph
+    next_logits = Step(model, cache, graph=graph)
     for count in range(1, sampling.max_tokens + 1):
         tokens = {row: samplers[row](own) for row, own in zip(rows, logits)}
         ended = (yield tokens) or set()
@@ -56,8 +62,9 @@ def _generate(
         if len(going) < len(rows):
             cache.select(going)
             rows = [rows[i] for i in going]
+            next_logits = Step(model, cache, graph=graph)
         new = torch.tensor([tokens[row] for row in rows], dtype=torch.int64, device=device)
-        logits = model.extend(new, [1] * len(rows), cache)
+        logits = next_logits(new)
 
 
 def complete(

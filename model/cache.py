@@ -48,31 +48,33 @@ class LayerCache:
     def _append(self, chunk: Chunk, **new: Tensor) -> None:
         """Packed new tokens [T, Hkv, D] to the places of their positions."""
         for name, x in new.items():
-            self._tensors[name][chunk.packing.doc.long(), :, chunk.position.long()] = x
+            row, place = chunk.place
+            self._tensors[name][row, :, place] = x
 
     def _roll(self, chunk: Chunk, **new: Tensor) -> None:
         """Packed new tokens into a window's places, over the oldest."""
         for name, x in new.items():
             ring = self._tensors[name]
             if chunk.width == 1:
-                ring[chunk.packing.doc.long(), :, chunk.position.long() % ring.shape[2]] = x
+                row, place = chunk.place
+                ring[row, :, place % ring.shape[2]] = x
                 continue
-            position = chunk.ring(ring.shape[2], chunk.past + chunk.count)  # [B, w]
+            position = chunk.last(ring.shape[2])  # [B, w]
             fresh = position >= chunk.past[:, None]
             token = (chunk.packing.cu_seqlens[:-1, None] + position - chunk.past[:, None]).clamp(0, x.shape[0] - 1)
             ring.copy_(torch.where(fresh[:, None, :, None], x[token.long()].transpose(1, 2), ring))
 
-    def _all(self, chunk: Chunk, names: tuple[str, str]) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, Hkv, m, D] in the places of their positions, and those [B, m]."""
+    def _all(self, chunk: Chunk, names: tuple[str, str]) -> tuple[Tensor, Tensor, None]:
+        """Keys and values [B, Hkv, m, D] in the places of their positions, which is what the None says."""
         keys, values = (self[name][:, :, : chunk.longest] for name in names)
-        return keys, values, torch.arange(chunk.longest, dtype=torch.int32, device=keys.device).expand(chunk.batch, -1)
+        return keys, values, None
 
     def _window(self, chunk: Chunk, names: tuple[str, str], k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Store the new tokens; keys, values [B, Hkv, W, D] that the chunk's windows reach, and positions [B, W]."""
         size = self[names[0]].shape[2]
         if chunk.width == 1:
             self._roll(chunk, **dict(zip(names, (k, v))))
-            return self[names[0]], self[names[1]], chunk.ring(size, chunk.past + chunk.count)
+            return self[names[0]], self[names[1]], chunk.last(size)
         both = [torch.cat([self[name], chunk.pad(x).transpose(1, 2)], 2) for name, x in zip(names, (k, v))]
         position = torch.cat([chunk.ring(size, chunk.past), chunk.new_position], 1)
         self._roll(chunk, **dict(zip(names, (k, v))))
@@ -82,8 +84,8 @@ class LayerCache:
 class FullCache(LayerCache):
     """Of a full-attention layer: every key and value."""
 
-    def extend(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Store packed k, v [T, Hkv, D]; all keys and values [B, Hkv, m, D] and their positions [B, m]."""
+    def extend(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, None]:
+        """Store packed k, v [T, Hkv, D]; all keys and values [B, Hkv, m, D], position p in place p."""
         self._append(chunk, k=k, v=v)
         return self._all(chunk, ("k", "v"))
 
@@ -117,8 +119,8 @@ class NSACache(LayerCache):
             return -(-(capacity // self.geometry.kernel_stride + 1) // TILE) * TILE
         return {"slc": capacity, "win": self.geometry.window_size, "raw": self.geometry.kernel_size}[kind]
 
-    def all(self, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
-        """Keys and values [B, Hkv, m, D] of the selection and their positions [B, m], the chunk's included."""
+    def all(self, chunk: Chunk) -> tuple[Tensor, Tensor, None]:
+        """Keys and values [B, Hkv, m, D] of the selection, position p in place p, the chunk's included."""
         return self._all(chunk, ("k_slc", "v_slc"))
 
     def append(self, k_slc: Tensor, v_slc: Tensor, chunk: Chunk) -> None:
@@ -148,10 +150,8 @@ class NSACache(LayerCache):
         if not chunk.block_slot.numel():
             return
         for name, x in (("k_cmp", k), ("v_cmp", v)):
-            spare = self[name].shape[2] - 1
-            place = torch.where(chunk.block_valid, chunk.block_number, spare)  # [B, N]
-            row = torch.arange(chunk.batch, device=x.device)[:, None].expand_as(place)
-            self[name][row, :, place] = x[chunk.block_slot]
+            place = chunk.block_place(self[name].shape[2] - 1)  # [B, N]
+            self[name][chunk.block_row, :, place] = x[chunk.block_slot]
 
     def window(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """Store packed k, v [T, Hkv, D]; keys, values [B, Hkv, W, D] and positions [B, W] of the chunk's windows."""
@@ -159,7 +159,7 @@ class NSACache(LayerCache):
             return self._window(chunk, ("k_win", "v_win"), k, v)
         size = self.geometry.window_size
         if chunk.width == 1:
-            position = chunk.ring(size, chunk.past + chunk.count)
+            position = chunk.last(size)
         else:
             back = torch.arange(1 - size, chunk.width, dtype=torch.int32, device=k.device)
             position = (chunk.past[:, None] + back).clamp(min=-1)
@@ -209,8 +209,19 @@ class Cache:
             for layer in self.layers:
                 layer.reserve(capacity)
 
-    def begin(self, counts: Sequence[int]) -> Chunk:
-        """Lay out a chunk of counts[b] new tokens for sequence b. ValueError when it does not fit."""
+    def begin(self, counts: Sequence[int], *, bounded: bool = False) -> Chunk:
+        """Lay out a chunk of counts[b] new tokens for sequence b. ValueError when it does not fit.
+
+        bounded: the capacity stands in for the longest sequence's length, so that all shapes stay as sequences grow; who
+        asks for it calls `count`, since a step may be replayed.
+        """
+        longest = self.after(counts)
+        return Chunk.of(
+            self.lengths, counts, self.geometry, self.capacity if bounded else longest, fresh=self.longest == 0
+        )
+
+    def after(self, counts: Sequence[int]) -> int:
+        """The longest sequence's length with counts[b] more tokens; ValueError when they do not fit."""
         if len(counts) != self.batch or min(counts) < 0 or max(counts) < 1:
             raise ValueError(
                 f"counts={list(counts)}: give the number of new tokens of each of the {self.batch} sequences, not all 0"
@@ -220,11 +231,14 @@ class Cache:
             raise ValueError(
                 f"the cache holds {self.capacity} tokens a sequence and {longest} would be needed; call reserve({longest})"
             )
-        return Chunk.of(self.lengths, counts, self.geometry, longest, fresh=self.longest == 0)
+        return longest
 
-    def commit(self, chunk: Chunk, counts: Sequence[int]) -> None:
+    def commit(self, chunk: Chunk) -> None:
         """The chunk's tokens are in every layer's cache."""
         self.lengths += chunk.count
+
+    def count(self, counts: Sequence[int]) -> None:
+        """Note on the host by how much sequences grew, which a captured graph does on the device alone."""
         self._host = [a + b for a, b in zip(self._host, counts)]
         self.longest = max(self._host)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,13 +90,43 @@ class Chunk:
             block * d + l <= held[:, None],
         )
 
+    @functools.cached_property
+    def place(self) -> tuple[Tensor, Tensor]:
+        """int64 [T] each: every new token's sequence, and its position there."""
+        return self.packing.doc.long(), self.position.long()
+
+    @functools.cached_property
+    def _last(self) -> dict[int, Tensor]:
+        return {}
+
+    def last(self, size: int) -> Tensor:
+        """ring(size) after the new tokens; worked out for the first layer that asks."""
+        if size not in self._last:
+            self._last[size] = self.ring(size, self.past + self.count)
+        return self._last[size]
+
+    @functools.cached_property
+    def block_row(self) -> Tensor:
+        """int64 [B, N]: the sequence of each of block_number's blocks."""
+        return torch.arange(self.batch, device=self.past.device)[:, None].expand_as(self.block_number)
+
+    @functools.cached_property
+    def _block_place(self) -> dict[int, Tensor]:
+        return {}
+
+    def block_place(self, spare: int) -> Tensor:
+        """int64 [B, N]: block_number, or `spare` for what is not complete; worked out for the first layer that asks."""
+        if spare not in self._block_place:
+            self._block_place[spare] = torch.where(self.block_valid, self.block_number, spare)
+        return self._block_place[spare]
+
     @property
     def new_position(self) -> Tensor:
         """int32 [B, width]: positions of the new tokens, -1 past a sequence's last."""
         place = torch.arange(self.width, dtype=torch.int32, device=self.past.device)
         return torch.where(place < self.count[:, None], self.past[:, None] + place, -1)
 
-    @property
+    @functools.cached_property
     def query(self) -> Tensor:
         """int32 [B, width]: as new_position, with the last one repeated instead of -1."""
         place = torch.arange(self.width, dtype=torch.int32, device=self.past.device)

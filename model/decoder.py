@@ -119,15 +119,18 @@ class Decoder(nn.Module):
         return self._hidden(tokens, packing, collect=False)[0]
 
     @torch.no_grad()
-    def extend(self, tokens: Tensor, counts: Sequence[int], cache: Cache, *, every: bool = False) -> Tensor:
+    def extend(
+        self, tokens: Tensor, counts: Sequence[int], cache: Cache, *, every: bool = False, bounded: bool = False
+    ) -> Tensor:
         """Next-token logits of new tokens after what `cache` holds, and the tokens into it.
 
         tokens int64 [T]: counts[b] new ones of sequence b, laid end to end, as many at a time as one likes. -> [B, vocab]
         after each sequence's last new token (NaN for one without new tokens), or with `every` [T, vocab] after each.
-        Equal to `logits` of the whole sequences within rounding. Raises ValueError when counts do not fit the tokens or
+        Equal to `logits` of the whole sequences within rounding. bounded: see Cache.begin.
+        Raises ValueError when counts do not fit the tokens or
         the cache.
         """
-        x = self.extend_hidden(tokens, counts, cache)
+        x = self.extend_hidden(tokens, counts, cache, bounded=bounded)
         if every:
             return self.head(x)
         if max(counts) == 1 == min(counts):
@@ -138,16 +141,20 @@ class Decoder(nn.Module):
         return logits.index_fill_(0, torch.tensor(idle, device=x.device), torch.nan) if idle else logits
 
     @torch.no_grad()
-    def extend_hidden(self, tokens: Tensor, counts: Sequence[int], cache: Cache) -> Tensor:
+    def extend_hidden(
+        self, tokens: Tensor, counts: Sequence[int], cache: Cache, *, bounded: bool = False
+    ) -> Tensor:
         """As `extend`, but what the head would get: [T, hidden]."""
         if sum(counts) != tokens.numel():
             raise ValueError(f"counts={list(counts)} add up to {sum(counts)}, tokens {list(tokens.shape)} has {tokens.numel()}")
-        chunk = cache.begin(counts)
+        chunk = cache.begin(counts, bounded=bounded)
         context = Context.of_chunk(self.config, self.attention_config, chunk)
         x = self.embed(tokens.flatten())
         for layer, own in zip(self.layers, cache.layers):
             x, _ = layer(x, context=context, cache=own)
-        cache.commit(chunk, counts)
+        cache.commit(chunk)
+        if not bounded:
+            cache.count(counts)
         return self.norm(x)
 
     def new_cache(self, batch: int, capacity: int) -> Cache:

@@ -1,4 +1,5 @@
-"""One forward and backward of the NSA operator at a tiny shape for each code path, for NVIDIA's compute-sanitizer.
+"""The NSA operator's forward and backward, or a step over a cache, at a tiny shape for each code path, for NVIDIA's
+compute-sanitizer.
 
     python scripts/sanitize_kernels.py                                    # once without: compiles the kernels
     compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
@@ -24,6 +25,7 @@ class Path:
     dtype: str = "bfloat16"
     lengths: tuple[int, ...] = (300, 1, 0, 99)
     save_outputs: bool = True
+    decode: bool = False
 
 
 PATHS = {
@@ -33,6 +35,9 @@ PATHS = {
     "group5": Path((5, 1, 80, 96)),  # a group and head dimensions that are no powers of two
     "recompute": Path((16, 1, 64, 64), save_outputs=False),
     "fp32": Path((4, 1, 64, 64), "float32"),
+    "decode16": Path((64, 4, 128, 128), lengths=(3000, 1, 31, 250), decode=True),
+    "decode5": Path((10, 2, 192, 80), lengths=(700, 64), decode=True),
+    "decode-fp32": Path((8, 2, 64, 64), "float32", lengths=(300, 20), decode=True),
     "one-token": Path((16, 1, 128, 128), lengths=(1,)),
 }
 
@@ -46,6 +51,8 @@ def run(path: Path) -> None:
     from sieve.kernels.nsa.triton_ops import nsa_attention
 
     geometry = Geometry(32, 16, 64, topk=4, init_blocks=1, local_blocks=2, window_size=100)
+    if path.decode:
+        return _decode(path, geometry)
     (heads, kv_heads, d_qk, d_v), tokens = path.shape, sum(path.lengths)
     shapes = [(tokens, heads, d_qk)] + [(n, kv_heads, d) for n in (tokens // 16, tokens, tokens) for d in (d_qk, d_v)]
     options = {"device": "cuda", "dtype": getattr(torch, path.dtype)}
@@ -55,6 +62,26 @@ def run(path: Path) -> None:
     packing = Packing.of(ends, tokens, max(path.lengths))
     out, _ = nsa_attention(*inputs, packing, geometry, scale=d_qk**-0.5, save_outputs=path.save_outputs)
     torch.autograd.grad(out, inputs, torch.randn_like(out))
+    torch.cuda.synchronize()
+
+
+def _decode(path: Path, geometry) -> None:
+    """NSA, full and window attention of one token a sequence, in caches with room to spare."""
+    import torch
+
+    from sieve.kernels.full.decode import cached_attention
+    from sieve.kernels.nsa.decode import nsa_decode
+    from sieve.scripts.bench.cases import Shape
+    from sieve.scripts.bench.decode_cases import draw
+
+    case = draw(Shape(*path.shape), list(path.lengths), geometry, dtype=getattr(torch, path.dtype))
+    args = (case.q, *case.kv, case.gates, case.query, case.window_key, case.longest, geometry)
+    nsa_decode(*args, scale=case.scale, impl="triton")
+    for window in (None, geometry.window_size):
+        cached_attention(case.q, *case.kv[2:4], case.query, None, scale=case.scale, window=window, impl="triton")
+    cached_attention(
+        case.q, *case.kv[4:], case.query, case.window_key, scale=case.scale, window=geometry.window_size, impl="triton"
+    )
     torch.cuda.synchronize()
 
 

@@ -14,8 +14,12 @@ from typing import Any
 
 import torch
 
+from sieve.data import tokenizer_export
+from sieve.data.mixture import build_corpus
+from sieve.data.tokenizer import Encoder
 from sieve.train import checkpoint
 from sieve.train.checkpoint import Saved
+from sieve.train.config import RunConfig
 from sieve.train.tensorfile import sync_folder, write_bytes, write_tensors
 from sieve.train.text import byte_size
 from sieve.train.weights import SOURCE, SavedWeights
@@ -24,12 +28,19 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
-def export(saved: Saved, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9) -> int:
-    """Write config.json and model*.safetensors, with their index when there are several, into the new folder `out`; the
-    bytes of the weights. Holds one tensor at a time, hence less than a shard. ValueError when `out` is not empty."""
+def export(
+    saved: Saved, out: Path, dtype: torch.dtype | None = None, shard_bytes: int = 5 * 10**9,
+    tokenizer: Encoder | None = None,
+) -> int:
+    """Write config.json and model*.safetensors, with their index when there are several, and the tokenizer's files, if
+    one is given, into the new folder `out`; the bytes of the weights. Holds one tensor at a time, hence less than a
+    shard. ValueError when `out` is not empty, or the tokenizer is another model's."""
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; give another folder")
     weights = SavedWeights(saved, dtype)
+    rows = weights.layout(SOURCE)[1][0]
+    if tokenizer is not None and tokenizer.vocab_size > rows:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces and the model embeds {rows}; it is another one's")
     shards = plan(weights, shard_bytes)
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -45,7 +56,9 @@ def export(saved: Saved, out: Path, dtype: torch.dtype | None = None, shard_byte
         print(f"{name}: {len(names)} tensors, {byte_size(size)} ({number} of {len(shards)})", file=sys.stderr, flush=True)
     if len(shards) > 1:
         write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    write_json(partial / "config.json", config_of(weights))
+    write_json(partial / "config.json", config_of(weights, tokenizer))
+    if tokenizer is not None:
+        tokenizer_export.save(tokenizer, partial)
     sync_folder(partial)
     if out.exists():
         out.rmdir()
@@ -68,15 +81,26 @@ def plan(weights: SavedWeights, shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def config_of(weights: SavedWeights) -> dict[str, Any]:
+def tokenizer_of(saved: Saved) -> Encoder:
+    """The tokenizer of the run, from where its data come from. ValueError when it cannot be had any more."""
+    config = RunConfig.of(saved.manifest["config"])
+    try:
+        return build_corpus(config.data, config.tokenizer).tokenizer
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the run's tokenizer cannot be had: {error}; --no-tokenizer leaves it out") from error
+
+
+def config_of(weights: SavedWeights, tokenizer: Encoder | None = None) -> dict[str, Any]:
     """config.json: what sieve.model.config.ModelConfig and AttentionConfig take, and what transformers looks for."""
     run = weights.config
+    roles = () if tokenizer is None else ("bos", "eos", "pad")
+    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in roles}
     return {
         "model_type": "sieve", "architectures": ["SieveForCausalLM"], "dtype": str(weights.dtype).removeprefix("torch."),
         "vocab_size": weights.layout(SOURCE)[1][0], "max_position_embeddings": run["seq_len"],
         "tie_word_embeddings": weights.tied, "model": run["model"],
         "attention": run["attention"] | {"impl": "auto"},  # which kernels trained it is no property of the weights
-    }
+    } | {name: number for name, number in ids.items() if number >= 0}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -114,11 +138,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("out", type=Path, help="the folder to write, new or empty")
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights; else the run's own")
     parser.add_argument("--shard-size", type=_bytes, default="5GB", metavar="SIZE", help="of a file (default %(default)s)")
+    parser.add_argument("--no-tokenizer", action="store_true", help="the weights and config.json alone")
     options = parser.parse_args(argv)
     try:
         saved = newest(options.checkpoint)
         dtype = None if options.dtype is None else _DTYPES[options.dtype]
-        total = export(saved, options.out, dtype, options.shard_size)
+        tokenizer = None if options.no_tokenizer else tokenizer_of(saved)
+        total = export(saved, options.out, dtype, options.shard_size, tokenizer)
     except (ValueError, OSError) as error:
         print(f"sieve export: {error}", file=sys.stderr)
         return 2

@@ -2,38 +2,67 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from sieve.kernels.common.dense import attend, compute_dtype
+from sieve.kernels.common.dims import supported_dims
 from sieve.kernels.full.sdpa import attend_fused, one_head_size
 
-Impl = Literal["auto", "sdpa", "reference"]
-IMPLS = ("auto", "sdpa", "reference")
+Impl = Literal["auto", "triton", "sdpa", "reference"]
+IMPLS = ("auto", "triton", "sdpa", "reference")
 CHUNK = 128  # queries whose scores, or mask, are held at once
 
 
+def why_not_triton(device: torch.device, dtype: torch.dtype, queries: int, d_qk: int, d_v: int) -> str | None:
+    """The reason why the Triton kernel cannot serve `queries` tokens a sequence; None when it can."""
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    if queries != 1:
+        return f"it takes one token a sequence, not {queries}"
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32) or not {d_qk, d_v} <= set(supported_dims()):
+        return f"it has no kernel for head dimensions {d_qk} and {d_v} in {dtype}"
+    return None
+
+
 def cached_attention(
-    q: Tensor, k: Tensor, v: Tensor, query: Tensor, key: Tensor, *, scale: float, window: int | None = None,
+    q: Tensor, k: Tensor, v: Tensor, query: Tensor, key: Tensor | None, *, scale: float, window: int | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """q [B, n, H, Dqk], k [B, Hkv, m, Dqk], v [B, Hkv, m, Dv] -> [B, n, H, Dv] in q's dtype.
 
-    query int [B, n] and key int [B, m]: the tokens' positions in their sequence, -1 for a place that holds no key. A
-    query sees the keys up to its own position, the last `window` of them if given; one that sees none gets 0.
-    "auto" takes SDPA on a GPU, the reference on a CPU. Raises ValueError on shapes that do not fit together and on an
-    unknown impl.
+    query int [B, n] and key int [B, m]: the tokens' positions in their sequence, -1 for a place that holds no key; key
+    None: place p holds position p. A query sees the keys up to its own position, the last `window` of them if given; one
+    that sees none gets 0. "auto" takes on a GPU Triton for one token a sequence where it has the head dimensions, else SDPA;
+    on a CPU the reference. Raises ValueError on shapes that do not fit together and on an impl that cannot be had.
     """
     B, n, H, Dqk = q.shape
     Hkv, m, Dv = v.shape[1:]
     if H % Hkv or tuple(k.shape) != (B, Hkv, m, Dqk) or v.shape[0] != B:
         raise ValueError(f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)} do not fit together")
-    if tuple(query.shape) != (B, n) or tuple(key.shape) != (B, m):
-        raise ValueError(f"positions must be {[B, n]} and {[B, m]}, got {list(query.shape)} and {list(key.shape)}")
+    if tuple(query.shape) != (B, n) or key is not None and tuple(key.shape) != (B, m):
+        got = [list(x.shape) for x in (query, key) if x is not None]
+        raise ValueError(f"positions must be {[B, n]} and {[B, m]}, got {' and '.join(map(str, got))}")
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
+    if impl == "triton" or impl == "auto" and q.is_cuda:
+        reason = why_not_triton(q.device, q.dtype, n, Dqk, Dv)
+        if impl == "triton" and reason:
+            raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
+        impl = "sdpa" if reason else "triton"
+    if impl == "triton":
+        from sieve.kernels.full import decode_triton  # needs the package triton
+
+        with torch.no_grad():
+            return decode_triton.cached_attention(q, k, v, query, key, scale=scale, window=window)
+    if key is None:
+        key = torch.arange(m, dtype=torch.int32, device=q.device).expand(B, -1)
     heads = q.unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, G, n, Dqk]
     outs = []
     for start in range(0, n, CHUNK):

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.dims import supported_dims
 from sieve.kernels.common.log import log_once
 from sieve.kernels.nsa import api, decode_reference
 from sieve.kernels.nsa.geometry import Geometry
@@ -18,19 +19,30 @@ IMPLS = ("auto", "triton", "reference")
 TRITON_MODULE = "sieve.kernels.nsa.decode_triton"
 
 
-def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype, queries: int) -> Literal["triton", "reference"]:
+def decode_kernels_missing(device: torch.device, dtype: torch.dtype, queries: int, d_qk: int, d_v: int) -> str | None:
+    """The reason why the decode kernels cannot serve `queries` tokens a sequence; None when they can."""
+    reason = api._why_not_triton(device, dtype)
+    if reason is None and importlib.util.find_spec(TRITON_MODULE) is None:
+        reason = f"{TRITON_MODULE} is not part of this installation"
+    if reason is None and not {d_qk, d_v} <= set(supported_dims()):
+        reason = f"they have none for head dimensions {d_qk} and {d_v}"
+    if reason is None and queries > 1:
+        reason = f"they take one token a sequence, not {queries}"
+    return reason
+
+
+def resolve_impl(
+    impl: Impl, device: torch.device, dtype: torch.dtype, queries: int, d_qk: int, d_v: int
+) -> Literal["triton", "reference"]:
     """Which implementation runs; "auto" logs its choice once. ValueError for "triton" where it cannot be had."""
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
     if impl == "reference":
         return "reference"
-    reason = api._why_not_triton(device, dtype)
     if impl == "auto" and device.type != "cuda":
         reason = f"the tensors are on {device.type}"
-    if reason is None and importlib.util.find_spec(TRITON_MODULE) is None:
-        reason = f"{TRITON_MODULE} is not part of this installation"
-    if reason is None and queries > 1:
-        reason = f"its decode kernels take one token a sequence, not {queries}"
+    else:
+        reason = decode_kernels_missing(device, dtype, queries, d_qk, d_v)
     if impl == "triton" and reason is not None:
         raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='reference' or 'auto'")
     why = "" if reason is None else f" (plain PyTorch), since triton cannot be had: {reason}"
@@ -75,6 +87,6 @@ def nsa_decode(
         raise ValueError(f"k_slc has {S} places, fewer than longest={longest}")
     args = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, query, window_key, longest, geometry)
     with torch.no_grad():
-        if resolve_impl(impl, q.device, q.dtype, n) == "triton":
+        if resolve_impl(impl, q.device, q.dtype, n, Dqk, Dv) == "triton":
             return importlib.import_module(TRITON_MODULE).nsa_decode(*args, scale=scale)
         return decode_reference.nsa_decode(*args, scale=scale)

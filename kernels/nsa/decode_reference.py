@@ -16,7 +16,8 @@ from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.reference import combine, rank_blocks, tokens_of_blocks
 
 TILE = 16
-CHUNK = 128  # queries whose scores are held at once
+CHUNK = 128  # queries whose scores are held at once on a CPU
+CUDA_SCORES = 1 << 27  # scores held at once on a GPU, where many small chunks would wait for launches
 
 
 def nsa_decode(
@@ -27,8 +28,9 @@ def nsa_decode(
     dtype, Hkv = compute_dtype(q), k_slc.shape[1]
     heads = q.unflatten(2, (Hkv, -1)).permute(0, 2, 3, 1, 4).to(dtype)  # [B, Hkv, G, n, Dqk]
     compressed, selected, chosen = [], [], []
-    for start in range(0, q.shape[1], CHUNK):
-        part, at = heads[:, :, :, start : start + CHUNK], query[:, start : start + CHUNK]
+    step = chunk_for(q, longest)
+    for start in range(0, q.shape[1], step):
+        part, at = heads[:, :, :, start : start + step], query[:, start : start + step]
         o, indices = _compress_and_choose(part, k_cmp, v_cmp, at, longest, geometry, scale)
         compressed.append(o)
         chosen.append(indices)
@@ -39,6 +41,14 @@ def nsa_decode(
     )
     out = combine(*(o.flatten(0, 1) for o in (o_cmp, o_slc, o_win, gates))).unflatten(0, q.shape[:2])
     return out, torch.cat(chosen, 2).transpose(1, 2)
+
+
+def chunk_for(q: Tensor, keys: int) -> int:
+    """Queries of q [B, n, H, D] at a time, each with `keys` scores a head: a power of two of at least CHUNK."""
+    if not q.is_cuda:
+        return CHUNK
+    each = max(q.shape[0] * q.shape[2] * keys, 1)
+    return max(1 << (CUDA_SCORES // each).bit_length() >> 1, CHUNK)
 
 
 def _compress_and_choose(

@@ -1,6 +1,6 @@
 """Compiles kernels for sm_90 without a GPU: what their launchers would launch, and what the compiler made of it.
 
-A program, run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window|operator H HKV DQK DV DTYPE` prints a
+A program, run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window|operator|decode H HKV DQK DV DTYPE` prints a
 JSON line a kernel. Launchers are called on small CPU tensors, and each launch is compiled instead of run.
 """
 
@@ -101,6 +101,19 @@ def compile_window(*shape):
     window_dkv(do, q, k, v, lse, lse, packing, 512, scale=0.1)
 
 
+def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
+    from sieve.kernels.full import decode_triton as full_decode
+    from sieve.kernels.nsa import decode_triton
+    from sieve.kernels.nsa.geometry import Geometry
+
+    geometry = Geometry(32, 16, 64, 16, 1, 2, 512)
+    shapes = [(1, 1, heads, d_qk)] + [(1, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
+    tensors = [torch.zeros(s, dtype=dtype) for s in (*shapes, (1, 1, heads, 3))]
+    query, key = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 512, dtype=torch.int32)
+    decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, programs=264)
+    full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264)
+
+
 def compile_operator(*shape):
     from sieve.kernels.nsa import autograd
 
@@ -114,5 +127,5 @@ if __name__ == "__main__":
     JITFunction.run = compile_launch
     torch.empty, torch.Tensor.new_empty, torch.empty_like = torch.zeros, torch.Tensor.new_zeros, torch.zeros_like
     part, heads, kv_heads, d_qk, d_v, dtype = sys.argv[1:7]
-    compiler = {"window": compile_window, "operator": compile_operator}[part]
+    compiler = {"window": compile_window, "operator": compile_operator, "decode": compile_decode}[part]
     compiler(int(heads), int(kv_heads), int(d_qk), int(d_v), getattr(torch, dtype))

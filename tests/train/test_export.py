@@ -30,7 +30,7 @@ def trained(tiny_text, one_rank, tmp_path, request) -> Path:
 
 @pytest.mark.parametrize("trained", [["zero=0"], ["zero=3", "dtype=bf16"], ["model.tie_embeddings=false"]], indirect=True)
 def test_the_files_hold_the_models_weights(trained, tmp_path, capsys):
-    assert main([str(trained), str(tmp_path / "out"), "--shard-size", "20kB"]) == 0
+    assert main([str(trained), str(tmp_path / "out"), "--shard-size", "20kB", "--no-tokenizer"]) == 0
     out = tmp_path / "out"
     index = json.loads((out / "model.safetensors.index.json").read_text())
     weights = {}
@@ -47,6 +47,7 @@ def test_the_files_hold_the_models_weights(trained, tmp_path, capsys):
         assert torch.equal(expected.pop("head.weight"), expected["embed.weight"])
     assert weights.keys() == expected.keys() and "layers.1.mlp.router.bias" in weights
     assert all(torch.equal(weights[key], value) and weights[key].dtype == value.dtype for key, value in expected.items())
+    assert not (out / "tokenizer.json").exists()
     assert weights["layers.1.mlp.router.bias"].dtype == torch.float32
     assert str(weights["embed.weight"].dtype).removeprefix("torch.") == config["dtype"]
 
@@ -70,6 +71,41 @@ def test_a_run_a_checkpoint_and_what_is_neither(trained, tmp_path, capsys):
     assert "passing over" in capsys.readouterr().err and not (tmp_path / "b").exists()
 
 
+def test_the_tokenizer_stands_beside_the_weights(trained, tmp_path, capsys, monkeypatch):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    import sieve.model.hf  # noqa: F401  registers the type
+    from sieve.train import export as module
+    from sieve.train.generate import main as generate
+
+    out = tmp_path / "out"
+    assert main([str(trained), str(out)]) == 0
+    saved = Saved.read(trained / "checkpoints" / "step-00000002")
+    own = module.tokenizer_of(saved)
+    loaded, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
+    text = "def f(x):\n    return x  # déjà"
+    assert loaded(text)["input_ids"] == [own.bos_id, *own.encode([text])[0].tolist()]
+    assert (out / "tokenizer.model").read_bytes() == own.model
+    assert model.config.bos_token_id == own.bos_id == loaded.bos_token_id and model.config.eos_token_id == own.eos_id
+    capsys.readouterr()
+    assert generate([str(out), "--prompt", "def", "--max-tokens", "3", "--device", "cpu", "--no-stream"]) == 0
+    assert capsys.readouterr().out.rstrip("\n").startswith("def")
+
+    def gone(*_):
+        raise ValueError("data.path=there is gone")
+
+    monkeypatch.setattr(module, "build_corpus", gone)
+    assert main([str(trained), str(tmp_path / "b")]) == 2
+    assert "tokenizer cannot be had: data.path=there is gone; --no-tokenizer" in capsys.readouterr().err
+    assert main([str(trained), str(tmp_path / "b"), "--no-tokenizer"]) == 0
+
+    class Other:
+        vocab_size = 301
+
+    with pytest.raises(ValueError, match="has 301 pieces and the model embeds 300"):
+        module.export(saved, tmp_path / "c", tokenizer=Other())
+
+
 @pytest.mark.slow
 def test_memory_is_bounded_by_a_shard(save_at, plain_engine, tmp_path):
     """64 tensors of 4 MB: a process that may take 96 MB more than it has after its imports writes all of them."""
@@ -89,6 +125,7 @@ def test_memory_is_bounded_by_a_shard(save_at, plain_engine, tmp_path):
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     arguments = [str(config.directory / "checkpoints" / "step-00000001"), str(tmp_path / "out"), "--shard-size", "16MB"]
+    arguments += ["--no-tokenizer"]
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 22
     print(done.stdout)

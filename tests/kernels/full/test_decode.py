@@ -38,8 +38,8 @@ def test_a_query_that_sees_nothing_is_zero(impl):
 
 def test_users_mistakes():
     x, at = torch.randn(1, 2, 2, 4), torch.zeros(1, 2, dtype=torch.int32)
-    with pytest.raises(ValueError, match="impl='triton' is not one of auto, sdpa, reference"):
-        cached_attention(x, x, x, at, at, scale=1.0, impl="triton")
+    with pytest.raises(ValueError, match="impl='cuda' is not one of auto, triton, sdpa, reference"):
+        cached_attention(x, x, x, at, at, scale=1.0, impl="cuda")
     with pytest.raises(ValueError, match="do not fit together"):
         cached_attention(x, x[:, :, :, :3], x, at, at, scale=1.0)
     with pytest.raises(ValueError, match=r"positions must be \[1, 2\]"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sieve.kernels.common import log
-from sieve.kernels.nsa import reference
+from sieve.kernels.nsa import decode_reference, reference
 from sieve.kernels.nsa.decode import nsa_decode, resolve_impl
 from sieve.kernels.nsa.decode_reference import CHUNK
 from sieve.kernels.nsa.geometry import Geometry
@@ -132,6 +132,18 @@ def test_importances_are_training_s_to_the_bit(packed, monkeypatch, heads, dim_q
         assert torch.equal(own[0, :, 0], whole[0, :, t, : t // 16 + 1]), t
 
 
+def test_more_queries_at_a_time_choose_the_same(packed, monkeypatch):
+    """As on a GPU, where chunks are as large as memory allows."""
+    lengths = [300]
+    packing, tensors = packed(lengths), inputs(lengths, TOY)
+    found = []
+    for chunk in (CHUNK, 1024):
+        monkeypatch.setattr(decode_reference, "chunk_for", lambda q, keys, chunk=chunk: chunk)
+        found.append(decode(tensors, packing, TOY, [(10, 300)], 0.3)[1])
+    assert torch.equal(found[0][1], found[1][1])
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+
+
 def test_all_ties_go_to_the_lower_block(packed):
     packing, tensors = packed([200]), inputs([200], TOY)
     tensors[0].zero_()
@@ -176,7 +188,7 @@ def test_what_auto_chooses(caplog, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     log._log.cache_clear()
     with caplog.at_level(logging.INFO):
-        assert resolve_impl("auto", torch.device("cpu"), torch.float32, 1) == "reference"
+        assert resolve_impl("auto", torch.device("cpu"), torch.float32, 1, 64, 64) == "reference"
     assert "the tensors are on cpu" in caplog.text
     with pytest.raises(ValueError, match="impl='triton' cannot be had: the tensors are on cpu"):
-        resolve_impl("triton", torch.device("cpu"), torch.float32, 1)
+        resolve_impl("triton", torch.device("cpu"), torch.float32, 1, 64, 64)

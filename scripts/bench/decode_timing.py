@@ -1,0 +1,155 @@
+"""Times of one layer's step: from CUDA graphs that take several caches in turn, and launched anew."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from sieve.kernels.common.split_keys import Tile, decode_tile
+from sieve.kernels.nsa.compress_tiles import multiprocessors
+from sieve.kernels.nsa.geometry import Geometry
+from sieve.scripts.bench.cases import Shape
+from sieve.scripts.bench.decode_cases import Call, cache_entries, draw, entry_bytes, ours, rival
+from sieve.scripts.bench.timing import Timing, reason, time_calls
+
+COLD_BYTES = 256 << 20  # read between two uses of a cache, several times the L2 cache
+MOST_CACHES = 48
+CHAIN = 8  # steps of one cache in a graph where there are fewer
+
+
+def _graph(calls: list[Call]) -> Call:
+    """Replays all calls from one CUDA graph."""
+    for _ in range(2):  # compiles, and lets libraries choose
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
+def _over(calls: list[Call]) -> Call:
+    def every() -> None:
+        for call in calls:
+            call()
+
+    return every
+
+
+def time_layer(
+    shape: Shape, geometry: Geometry, tokens: int, batch: int, rivals: list[str], rounds: int
+) -> dict[str, object]:
+    """Milliseconds a step of every call, "graph" and "launched"; bytes read and what each rival's output differs by."""
+    row: dict[str, object] = {"shape": str(shape), "tokens": tokens, "batch": batch}
+    each = entry_bytes(shape) * batch
+    row["bytes"] = {"nsa": each * cache_entries(tokens, geometry), "full": each * tokens}
+    size = each * (tokens + tokens // geometry.kernel_stride + geometry.window_size)
+    free = torch.cuda.mem_get_info()[0]
+    if 2 * size > free:
+        row["skipped"] = f"{size / 1e9:.1f} GB of cache and {free / 1e9:.1f} GB free"
+        print(f"{shape}, {tokens} tokens, batch {batch}: skipped, {row['skipped']}", flush=True)
+        return row
+    count = caches_for(shape, geometry, tokens, batch)
+    cases = [draw(shape, [tokens] * batch, geometry, seed=seed) for seed in range(count)]
+    chain = cases * max(1, CHAIN // count)
+    made: dict[str, list[Call]] = {"nsa": []}
+    for case in cases:
+        whole, parts = ours(case)
+        made["nsa"].append(whole)
+        for name, call in parts.items():
+            made.setdefault(f"nsa: {name}", []).append(call)
+    errors: dict[str, str] = {}
+    for name in rivals:
+        try:
+            calls = [rival(case, name) for case in cases[: -(-COLD_BYTES // row["bytes"]["full"])]]
+            difference = (calls[0]().double() - rival(cases[0], "triton")().double()).abs().max().item()
+            if not difference < 0.05:
+                raise RuntimeError(f"differs from ours by {difference:.2g}")
+            made[name] = calls
+        except Exception as error:  # libraries raise what they like; the table says which
+            errors[name] = reason(error)
+    graphs: dict[str, Call] = {}
+    for name, calls in made.items():
+        try:
+            graphs[name] = _graph(calls * max(1, len(chain) // len(calls)))
+        except Exception as error:
+            errors[f"{name} in a graph"] = reason(error)
+            torch.cuda.synchronize()
+    times = {
+        "graph": _each(time_calls(graphs, rounds), made, len(chain)),
+        "launched": _each(time_calls({name: _over(calls) for name, calls in made.items()}, rounds), made, 0),
+    }
+    row |= {"caches": count, "errors": errors}
+    row |= {kind: {name: timing.json() for name, timing in found.items()} for kind, found in times.items()}
+    _say(row)
+    return row
+
+
+def caches_for(shape: Shape, geometry: Geometry, tokens: int, batch: int) -> int:
+    """How many caches to take in turn, so that none is left in the L2 cache and all fit into memory."""
+    each = entry_bytes(shape) * batch
+    size = each * (tokens + tokens // geometry.kernel_stride + geometry.window_size)
+    read = each * cache_entries(tokens, geometry)
+    return max(1, min(MOST_CACHES, -(-COLD_BYTES // read), int(0.5 * torch.cuda.mem_get_info()[0] / size)))
+
+
+def sweep(shape: Shape, geometry: Geometry, tokens: int, batch: int, rounds: int) -> dict[str, object]:
+    """Times of the operator and of each launch, from CUDA graphs, by tile and by how many programs are aimed at."""
+    group = shape.heads // shape.kv_heads
+    table = decode_tile(group, shape.d_qk, shape.d_v, torch.bfloat16)
+    device = torch.device("cuda", torch.cuda.current_device())
+    options = [{"tile": table, "programs": n * multiprocessors(device)} for n in (2, 1, 3, 4, 6)]
+    options += [
+        {"tile": Tile(table.rows, keys, warps, stages), "programs": 2 * multiprocessors(device)}
+        for keys in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
+        if (keys, warps, stages) != (table.keys, table.num_warps, table.num_stages)
+    ]
+    cases = [
+        draw(shape, [tokens] * batch, geometry, seed=seed) for seed in range(caches_for(shape, geometry, tokens, batch))
+    ]
+    with ThreadPoolExecutor(8) as pool:  # most of a first call is compilation; errors show again below
+        for future in [pool.submit(ours, cases[0], **option) for option in options]:
+            future.exception()
+    torch.cuda.synchronize()
+    row: dict[str, object] = {"shape": str(shape), "tokens": tokens, "batch": batch, "sweep": []}
+    for option in options:
+        name = f"keys {option['tile'].keys} warps {option['tile'].num_warps} stages {option['tile'].num_stages}"
+        name += f" programs {option['programs']}"
+        try:
+            made = [ours(case, **option) for case in cases]
+            graphs = {"nsa": _graph([whole for whole, _ in made])}
+            graphs |= {part: _graph([parts[part] for _, parts in made]) for part in made[0][1]}
+            timed = {part: t.median / len(cases) * 1e3 for part, t in time_calls(graphs, rounds, slice_ms=20.0).items()}
+        except Exception as error:  # a tile that does not compile or fit
+            print(f"  {name}: {reason(error)}", flush=True)
+            continue
+        row["sweep"].append({"options": name, "us": timed})
+        print(f"  {name}: " + ", ".join(f"{part} {us:.1f}" for part, us in timed.items()), flush=True)
+    return row
+
+
+def _each(times: dict[str, Timing], made: dict[str, list[Call]], chain: int) -> dict[str, Timing]:
+    """Of one step instead of all in a graph."""
+    found = {}
+    for name, t in times.items():
+        n = len(made[name]) * (max(1, chain // len(made[name])) if chain else 1)
+        found[name] = t if t.error else Timing(t.median / n, t.low / n, t.high / n)
+    return found
+
+
+def fastest(row: dict, kind: str) -> tuple[str, float] | None:
+    """The quickest full attention of a row: its name and milliseconds."""
+    times = {name: t["ms"] for name, t in row.get(kind, {}).items() if not name.startswith("nsa") and "ms" in t}
+    return min(times.items(), key=lambda pair: pair[1]) if times else None
+
+
+def _say(row: dict) -> None:
+    best, mine = fastest(row, "graph"), row["graph"].get("nsa", {}).get("ms")
+    ratio = f", {best[1] / mine:.2f} times faster than {best[0]}" if best and mine else ""
+    shown = f"{mine * 1e3:.1f} us" if mine else "none"
+    print(f"{row['shape']}, {row['tokens']} tokens, batch {row['batch']}: nsa {shown}{ratio}", flush=True)

@@ -1,0 +1,72 @@
+"""The decode kernels on a GPU: bf16 at real sizes, and CUDA graphs replayed while the sequences grow."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from sieve.kernels.full.decode import cached_attention  # noqa: E402
+from sieve.kernels.nsa.decode import nsa_decode  # noqa: E402
+from sieve.kernels.nsa.decode_triton import nsa_decode as kernels  # noqa: E402
+from sieve.kernels.nsa.geometry import Geometry  # noqa: E402
+from sieve.scripts.bench.cases import Shape  # noqa: E402
+from sieve.scripts.bench.decode_cases import draw  # noqa: E402
+from sieve.scripts.bench.decode_check import check  # noqa: E402
+
+pytestmark = pytest.mark.gpu
+PAPER = Geometry(32, 16, 64, 16, 1, 2, 512)
+SHAPES = ["64/4/128/128", "64/4/192/128", "12/3/64/64", "64/1/128/128", "8/8/80/96", "14/2/96/32", "4/4/256/256"]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_mixed_lengths(shape, dtype):
+    check(Shape.parse(shape), PAPER, dtype=dtype)
+
+
+@pytest.mark.parametrize("tokens", [40_000, 140_000])  # the second has more blocks than are sorted at once
+def test_long(tokens):
+    check(Shape.parse("16/1/128/128"), PAPER, tokens=tokens)
+
+
+def test_twice_the_same():
+    case = draw(Shape.parse("64/4/128/128"), [9000, 100, 20_000], PAPER)
+    args = (case.q, *case.kv, case.gates, case.query, case.window_key, case.longest, PAPER)
+    (a, i), (b, j) = (kernels(*args, scale=case.scale) for _ in range(2))
+    assert torch.equal(a, b) and torch.equal(i, j)
+
+
+@pytest.mark.parametrize("kind", ["nsa", "full", "window"])
+def test_a_replayed_graph_follows_the_lengths(kind):
+    """Captured at short lengths; to the bit what launching anew gives, since nothing depends on lengths but the data."""
+    case = draw(Shape.parse("16/4/128/128"), [700, 40], PAPER, capacity=20_000)
+
+    def step():
+        if kind == "nsa":
+            return kernels(case.q, *case.kv, case.gates, case.query, case.window_key, 20_000, PAPER, scale=case.scale)[0]
+        window = 512 if kind == "window" else None
+        return cached_attention(case.q, *case.kv[2:4], case.query, None, scale=case.scale, window=window, impl="triton")
+
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    seen = []
+    for lengths in ([700, 40], [1023, 1024], [1025, 64], [19_999, 1], [5000, 20_000]):
+        case.query.copy_(torch.tensor(lengths)[:, None] - 1)
+        graph.replay()
+        assert torch.equal(out, step()), lengths
+        seen.append(out.clone())
+    assert all(not torch.equal(a, b) for a, b in zip(seen, seen[1:]))
+
+
+def test_nothing_waits_for_the_device():
+    case = draw(Shape.parse("16/4/128/128"), [700, 40], PAPER)
+    args = (case.q, *case.kv, case.gates, case.query, case.window_key, case.longest, PAPER)
+    nsa_decode(*args, scale=case.scale)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        nsa_decode(*args, scale=case.scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
