@@ -69,11 +69,11 @@ def _generate(
 
 def complete(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, *, stop_ids: Sequence[int] = (),
-    prefill: int | None = None,
+    prefill: int | None = None, graph: bool | None = None,
 ) -> list[list[int]]:
-    """The new tokens of each prompt, a stop id included."""
+    """The new tokens of each prompt, a stop id included; arguments as generate's."""
     found: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate(model, prompts, sampling, stop_ids=stop_ids, prefill=prefill):
+    for tokens in generate(model, prompts, sampling, stop_ids=stop_ids, prefill=prefill, graph=graph):
         for row, token in tokens.items():
             found[row].append(token)
     return found

@@ -195,7 +195,9 @@ def test_save_outputs_is_handed_on(model, attention, pack, monkeypatch):
 
 
 @pytest.mark.parametrize("device", [
-    pytest.param("cpu", marks=pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="no interpreter")),
+    pytest.param("cpu", marks=pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") != "1", reason="a Triton kernel runs on a CPU only in the interpreter"
+    )),
     pytest.param("cuda", marks=pytest.mark.gpu),
 ])  # fmt: skip
 def test_the_layer_compiles_in_one_graph(model, attention, pack, device):

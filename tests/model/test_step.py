@@ -27,7 +27,9 @@ def texts(*lengths):
     return [torch.randint(0, 61, (n,), generator=rng) for n in lengths]
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="the GPU's own test is below")
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="for the interpreter on a CPU; a GPU's own tests are below"
+)
 def test_triton_decoding_equals_the_whole_forward(decoder, pack, monkeypatch):
     """Prefill to before l, w and n * l', then a token at a time past them, in a batch of mixed lengths."""
     pytest.importorskip("triton")
