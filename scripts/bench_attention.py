@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     shapes = [Shape.parse(text) for text in options.shapes.split(",")]
     lengths = [int(text) for text in options.lengths.split(",")]
-    run = origin(argv) | {"geometry": vars(geometry), "checks": {}, "rows": []}
+    run = origin(["attention", *argv]) | {"geometry": vars(geometry), "checks": {}, "rows": []}
     right = _checked(shapes, geometry, options, run)
     write_json(options.out / ("sweep.json" if options.sweep else "attention.json"), run)
     wrong = any(right.get(shape) != options.kinds for shape in shapes)

@@ -133,7 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
     geometry = _geometry(options.cpu)
     shapes = [Shape.parse(text) for text in options.shapes.split(",")]
-    run = origin(argv) | {"geometry": vars(geometry), "checks": {}, "layers": [], "models": []}
+    run = origin(["decode", *argv]) | {"geometry": vars(geometry), "checks": {}, "layers": [], "models": []}
 
     def save() -> None:
         write_json(options.out / "decode.json", run)
