@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
+from sieve.kernels.common.ranges import named
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.block import Block
 from sieve.model.cache import Cache
@@ -100,7 +101,8 @@ class Decoder(nn.Module):
         if at is not None:
             return self.head(x[at])
         labels = labels.flatten()
-        loss, ce, token = self.head(x, labels, per_token)
+        with named("loss"):
+            loss, ce, token = self.head(x, labels, per_token)
         penalties = [report["aux_loss"] for report in reports if "aux_loss" in report]
         if penalties:
             loss = loss + torch.stack(penalties).sum() * (labels != IGNORE).sum()
@@ -170,7 +172,7 @@ class Decoder(nn.Module):
             )
         context = Context.of(self.config, self.attention_config, packing, padding)
         if faster is not None:
-            pin_sizes(context)
+            pin_sizes(context, batches=self.attention_config.dense_impl == "cudnn")
         x = self.embed(tokens.flatten())  # [T, hidden]
         reports = []
         for layer in self.layers:

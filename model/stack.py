@@ -45,10 +45,13 @@ def compiled(backend: str | Callable[..., Any], fullgraph: bool) -> Run:
     return call
 
 
-def pin_sizes(context: Context) -> None:
-    """Tell the compiler which of the context's tensors keep their sizes from step to step: all but cu_seqlens."""
+def pin_sizes(context: Context, batches: bool) -> None:
+    """Tell the compiler which of the context's tensors keep their sizes from step to step: all but cu_seqlens, and that
+    too in a graph of its own where attention takes documents of one length as a batch (`batches`)."""
     packing, slots = context.packing, context.slots
     tensors = [packing.doc, packing.position, *context.rotation, *(context.slot_rotation or ()), context.real]
+    if batches and packing.even:
+        tensors.append(packing.cu_seqlens)
     if slots is not None:
         tensors += [slots.start, slots.position, slots.valid, slots.chunk]
     for tensor in tensors:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sieve.data.loader import Step
+from sieve.kernels.common.ranges import named
 from sieve.train import schedule
 from sieve.train.callbacks.callback import Callback
 from sieve.train.distributed import Place, sum_over_ranks
@@ -39,11 +40,13 @@ def train(
     callbacks.start(run)
     try:
         while run.step < run.total_steps and not run.ending:
-            step = next(loader)
-            if step.phase != run.phase:
-                log.info("data.phases[%d] begins after step %d, %d tokens", step.phase - 1, run.step, run.tokens)
-            logged = (run.step + 1) % run.config.log.every == 0 or run.step + 1 == run.total_steps
-            record = train_step(run, engine, step, place, guard, logged)
+            with named("step"):
+                with named("data"):
+                    step = next(loader)
+                if step.phase != run.phase:
+                    log.info("data.phases[%d] begins after step %d, %d tokens", step.phase - 1, run.step, run.tokens)
+                logged = (run.step + 1) % run.config.log.every == 0 or run.step + 1 == run.total_steps
+                record = train_step(run, engine, step, place, guard, logged)
             asked = torch.tensor([float(stop.requested is not None), float(place.rank == 0 and request.take())])
             stopping, run.save_requested = (count > 0 for count in sum_over_ranks(asked).tolist())
             run.stopping = stopping and run.step < run.total_steps
@@ -71,8 +74,10 @@ def train_step(
     health: defaultdict[str, list[Tensor]] = defaultdict(list)
     engine.enter(step.phase, len(step.micro_batches))
     for batch in step.micro_batches:
-        out = engine.forward(batch.to(place.device), collect=logged)
-        engine.backward(out.loss_sum / step.labelled)
+        with named("forward"):
+            out = engine.forward(batch.to(place.device), collect=logged)
+        with named("backward"):
+            engine.backward(out.loss_sum / step.labelled)
         cross_entropy += out.ce_sum
         for layer, tokens in out.expert_load.items():
             load[layer] = load[layer] + tokens if layer in load else tokens
@@ -80,7 +85,8 @@ def train_step(
             health[name].append(value)
     lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step + 1, run.total_steps)
     sum_over_ranks(cross_entropy)
-    norm = engine.update(lr, cross_entropy / step.labelled, guard.limit())
+    with named("optimizer"):
+        norm = engine.update(lr, cross_entropy / step.labelled, guard.limit())
     for tokens in load.values():
         sum_over_ranks(tokens)
     # Equal loads move no bias: nothing is balanced in a step that is skipped.
