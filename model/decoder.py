@@ -70,10 +70,17 @@ class Decoder(nn.Module):
         return self
 
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
-        """ "block": keep only each layer's input in training and compute the layer again in the backward."""
+        """What training keeps of a layer for its backward; the rest is computed again there, with equal results.
+
+        none: all. attention: its input and what the attention operator returned. block: its input. full: its input, and
+        NSA's operator keeps nothing between its own forward and backward either (attention.save_outputs=false).
+        """
         if mode not in get_args(Checkpointing):
             raise ValueError(f"activation checkpointing {mode!r} is not one of {', '.join(get_args(Checkpointing))}")
         self.checkpointing = mode
+        for layer in self.layers:
+            if isinstance(layer.attention, NSA):
+                layer.attention.save_outputs = self.attention_config.save_outputs and mode != "full"
 
     def compile_layers(self, *, backend: str | Callable[..., Any] = "inductor", fullgraph: bool = True) -> None:
         """Run the layers through torch.compile where a loss is asked for; see sieve.model.stack.compiled."""

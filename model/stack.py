@@ -7,13 +7,21 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from sieve.model.block import Block
 from sieve.model.context import Context
 
-Checkpointing = Literal["none", "block"]
+Checkpointing = Literal["none", "attention", "block", "full"]
 Run = Callable[[Block, Tensor, Context, Checkpointing], tuple[Tensor, dict[str, Tensor]]]
+
+# What "attention" keeps the results of: NSA's whole operator, full and window attention by whichever library.
+_ATTENTION = frozenset({
+    "sieve.nsa_forward.default", "sieve.window_forward.default", "torch_attn._varlen_attn.default",
+    *(f"aten._scaled_dot_product_{kind}.default" for kind in (
+        "flash_attention", "flash_attention_for_cpu", "cudnn_attention", "efficient_attention",
+    )),
+})
 
 # Graphs of one function: kinds of layers, each in training and in evaluation, anew in each phase of the data.
 GRAPHS = 64
@@ -23,8 +31,17 @@ def run_layer(layer: Block, x: Tensor, context: Context, keep: Checkpointing) ->
     """The layer's forward, with activation checkpointing where gradients are wanted."""
     if keep == "none" or not torch.is_grad_enabled():
         return layer(x, context=context)
+    contexts = {"context_fn": _keep_attention} if keep == "attention" else {}
     # Nothing is random, so no generator's state is kept.
-    return checkpoint(layer, x, context=context, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(layer, x, context=context, use_reentrant=False, preserve_rng_state=False, **contexts)
+
+
+def _keep_attention() -> Any:
+    return create_selective_checkpoint_contexts(_policy)
+
+
+def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if str(operator) in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def compiled(backend: str | Callable[..., Any], fullgraph: bool) -> Run:

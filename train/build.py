@@ -76,7 +76,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     module = build_model(config, place.device, vocab_size)
     zero = deepspeed_config(
         config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=phases[0].global_batch,
-        micro_batch=phases[0].micro_batch, world_size=place.world_size,
+        micro_batch=phases[0].micro_batch, world_size=place.world_size, cuda=place.device.type == "cuda",
     )
     facts = environment(config, place, vocab_size)
     if place.rank == 0:

@@ -40,7 +40,9 @@ class RunConfig(Config):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; bf16 keeps fp32 master weights")
     compile: Literal["auto"] | bool = Field("auto", description="the layers by torch.compile; auto: on CUDA, not at zero=3")
-    activation_checkpointing: Literal["none", "block"] = Field("none", description="block: recompute in the backward")
+    activation_checkpointing: Literal["none", "attention", "block", "full"] = Field(
+        "none", description="what is computed again in the backward: nothing; all but attention; layers; NSA's branches, too"
+    )
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
     init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     resume_mismatch: Literal["refuse", "allow"] = Field("refuse", description="when the checkpoint had other settings")

@@ -21,7 +21,7 @@ from sieve.kernels.nsa.layout import Packing
 from sieve.model.config import RopeConfig
 from sieve.model.decoder import Decoder, DecoderOutput
 from sieve.train import partition
-from sieve.train.distributed import Place
+from sieve.train.distributed import Place, sum_over_ranks
 from sieve.train.partition import Piece
 from sieve.train.skip import SkippableAdamW, is_bad
 
@@ -44,6 +44,7 @@ class Engine:
         self.module, self._adamw, self._ropes = module, optimizer, ropes
         self._micro_batches, self._done = config["gradient_accumulation_steps"], 0  # of a step
         self.skipped = torch.zeros((), dtype=torch.bool, device=place.device)
+        self._own_norm = config["zero_optimization"].get("compute_grad_norm") is False
         self._stage, self._clip, self._place = config["zero_optimization"]["stage"], clip, place
         deepspeed = _import_deepspeed(place)
         with _quiet():
@@ -111,7 +112,13 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self._place.device) if loss is None else loss
-        if self._stage:
+        if self._own_norm:
+            norm = self._norm_of_gradients()
+            if self._clip:
+                self._adamw.grad_scale = ((norm + 1e-6) / self._clip).clamp(min=1.0)
+            self._adamw.should_skip = lambda: is_bad(loss, norm, limit)
+            self._engine.step()
+        elif self._stage:
             self._adamw.should_skip = lambda: is_bad(loss, self._norm(), limit)
             self._engine.step()  # at stage 3 and in fp32 DeepSpeed itself skips when the norm is no number
             norm = self._norm()
@@ -121,6 +128,12 @@ class Engine:
             self._engine.step()
         self.skipped = is_bad(loss, norm, limit)
         return norm
+
+    def _norm_of_gradients(self) -> Tensor:
+        """Of the whole model's, from the parts that ZeRO's stages 1 and 2 leave on the ranks, read on the device alone."""
+        parts = [g for group in self._optimizer.averaged_gradients.values() for g in group or ()]
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(parts)))
+        return sum_over_ranks(norm.square()).sqrt() if self._place.world_size > 1 else norm
 
     def _norm(self) -> Tensor:
         return torch.as_tensor(self._optimizer._global_grad_norm, device=self._place.device)

@@ -29,6 +29,7 @@ from sieve.train.guard import Guard
 from sieve.train.loop import train_step
 from sieve.train.metrics import device_peak_flops, mfu, peak_memory_bytes
 from sieve.train.optim import adamw
+from sieve.train.outcome import Ledger
 from sieve.train.overrides import load_config
 from sieve.train.phases import ropes
 from sieve.train.state import RunState
@@ -71,7 +72,7 @@ class Case:
         module = build_model(config, place.device, vocab)
         zero = deepspeed_config(
             config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=config.global_batch,
-            micro_batch=config.micro_batch, world_size=1,
+            micro_batch=config.micro_batch, world_size=1, cuda=place.device.type == "cuda",
         )
         self.engine = Engine(
             module, adamw(module, config.optim, place.device), zero, place, clip=config.optim.clip,
@@ -83,14 +84,16 @@ class Case:
         self.dense_flops = sum(dense_flops_per_token(*need).values())
         self.parameters = count_parameters(config.model, config.attention, vocab)
         self.run = RunState(config, config.directory, 0, 1, config.total_steps, self.flops)
-        self.guard = Guard(config.guard, None)
+        self.ledger = Ledger(Guard(config.guard), lag=place.device.type == "cuda")
         self.steps = rows(config, vocab, documents, place.device.type == "cuda", learnable)
 
     def step(self, logged: bool = False) -> dict | None:
         with named("step"):
             with named("data"):
                 step = next(self.steps)
-            return train_step(self.run, self.engine, step, self.place, self.guard, logged)
+            outcome = train_step(self.run, self.engine, step, self.place, self.ledger.guard, logged)
+        self.ledger.add(self.run, outcome, now=logged)
+        return outcome.record
 
     def wait(self) -> None:
         if self.place.device.type == "cuda":

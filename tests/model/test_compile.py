@@ -7,7 +7,7 @@ import torch
 
 from sieve.model import attention as attention_module
 
-LENGTHS = [[20, 12], [8, 9, 15], [31, 1], [32], [4] * 8, [17, 15], [5, 26, 1]]
+LENGTHS = [[20, 12], [8, 9, 15], [32], [4] * 8]
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for the CPU: Triton's operator there")
 
@@ -65,7 +65,7 @@ def gradients(decoder, lengths, seed, pack, **kwargs):
     return out, {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "block"])
+@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
 @pytest.mark.parametrize(("layers", "mixture", "kinds"), [
     (("nsa",), False, 1), (("full",), True, 2), (("nsa", "window"), True, 2),
 ])
