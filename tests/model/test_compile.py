@@ -17,7 +17,10 @@ def quick_attention(monkeypatch):
     """What is traced is as on a GPU: opaque operators of known shapes. What they compute here is quick, not attention."""
     triton_ops = pytest.importorskip("sieve.kernels.nsa.triton_ops")
 
+    calls = []
+
     def forward(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, packing, geometry, *, scale, keep):
+        calls.append(keep)
         heads = q.shape[1] // v_slc.shape[1]
         out = (q * v_slc.repeat_interleave(heads, 1) * gates.sum(-1, keepdim=True)).contiguous()
         indices = torch.zeros(*v_slc.shape[:2], geometry.topk, dtype=torch.int32)
@@ -39,6 +42,7 @@ def quick_attention(monkeypatch):
         return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), v)
 
     monkeypatch.setattr(attention_module, "attention", attend)
+    return calls
 
 
 @pytest.fixture
@@ -97,3 +101,31 @@ def test_no_break_and_no_recompilation(layers, mixture, kinds, checkpointing, mo
     decoder.train()
     gradients(decoder, LENGTHS[0], 0, pack)
     assert counted.frame_count == 2 * kinds and not counters["graph_break"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("mode", "times", "keeps"), [
+    ("none", 1, True), ("attention", 1, True), ("block", 2, True), ("full", 2, False),
+])
+def test_what_is_computed_twice(mode, times, keeps, compiled, model, attention, build, pack, counted, quick_attention):
+    decoder = build(model(head_dim_qk=16, head_dim_v=16, moe=None), attention(impl="triton"))
+    decoder.set_activation_checkpointing(mode)
+    if compiled:
+        decoder.compile_layers(backend=counted)
+    gradients(decoder, [20, 12], 0, pack)
+    assert len(quick_attention) == 2 * times and quick_attention[-1] == keeps
+    decoder.set_activation_checkpointing("none")
+    assert all(layer.attention.save_outputs for layer in decoder.layers)
+
+
+def test_a_watched_layer_is_not_compiled(model, attention, build, pack, counted):
+    """Hooks on a layer's parts are passed over by a graph that has been made without them."""
+    decoder = build(model(head_dim_qk=16, head_dim_v=16, moe=None), attention(impl="triton"))
+    decoder.compile_layers(backend=counted)
+    gradients(decoder, [20, 12], 0, pack)
+    seen = []
+    hook = decoder.layers[1].attention.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    gradients(decoder, [20, 12], 0, pack)
+    hook.remove()
+    gradients(decoder, [20, 12], 0, pack)
+    assert seen == [(32, 32)] and counted.frame_count == 1
