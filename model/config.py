@@ -174,5 +174,5 @@ class LossConfig(Config):
     """
 
     z_loss: float = Field(0.0, ge=0)
-    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (impl torch and compiled; liger has its own)")
+    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (torch and compiled; liger has its own)")
     impl: Literal["auto", "torch", "liger", "compiled"] = "auto"

@@ -24,7 +24,7 @@ def deepspeed_config(
 
     In bf16 gradients are accumulated and reduced in fp32. gradient_clipping is 0 at stage 0 in fp32, where DeepSpeed
     would clip and not tell the norm: the engine clips there itself. So it does on a GPU (`cuda`) in bf16 at stages 1 and
-    2, where DeepSpeed reads the norm on the host, once a group of parameters, before it clips.
+    2, where DeepSpeed reads the norm on the host before it clips; see Engine.
     """
     clips = zero.stage > 0 and not (cuda and dtype == "bf16" and zero.stage < 3)
     zero_optimization: dict[str, Any] = {"stage": zero.stage}
@@ -34,7 +34,7 @@ def deepspeed_config(
             "allgather_bucket_size": zero.bucket_size,
             "overlap_comm": zero.stage == 3,  # at stages 1 and 2 it copies to buckets on a second stream for little
         }
-    if zero.stage and not clips:
+    if zero.stage == 2 and not clips:  # the norm would be made with a copy that waits; stage 1 has no such switch
         zero_optimization["compute_grad_norm"] = False
     if zero.stage == 3:
         zero_optimization |= {

@@ -29,7 +29,7 @@ from sieve.train.guard import Guard
 from sieve.train.loop import train_step
 from sieve.train.metrics import device_peak_flops, mfu, peak_memory_bytes
 from sieve.train.optim import adamw
-from sieve.train.outcome import Ledger
+from sieve.train.outcome import Ledger, Outcome
 from sieve.train.overrides import load_config
 from sieve.train.phases import ropes
 from sieve.train.state import RunState
@@ -87,11 +87,16 @@ class Case:
         self.ledger = Ledger(Guard(config.guard), lag=place.device.type == "cuda")
         self.steps = rows(config, vocab, documents, place.device.type == "cuda", learnable)
 
-    def step(self, logged: bool = False) -> dict | None:
+    def launch(self, logged: bool = False) -> Outcome:
+        """One step, as far as the host is concerned."""
         with named("step"):
             with named("data"):
                 step = next(self.steps)
-            outcome = train_step(self.run, self.engine, step, self.place, self.ledger.guard, logged)
+            return train_step(self.run, self.engine, step, self.place, self.ledger.guard, logged)
+
+    def step(self, logged: bool = False) -> dict | None:
+        """One step; its record if `logged`."""
+        outcome = self.launch(logged)
         self.ledger.add(self.run, outcome, now=logged)
         return outcome.record
 

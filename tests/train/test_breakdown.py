@@ -19,7 +19,7 @@ from sieve.train.breakdown import breakdown, classify, classify_operator
      "full attention, backward"),
     ("liger_cross_entropy_kernel", "loss"),
     ("element_mul_kernel", "loss"),
-    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<..., FusedAdamMathFunctor<float, 4, ...>>", "optimizer"),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<..., FusedAdamMathFunctor<float>>", "optimizer"),
     ("ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)", "communication"),
     ("triton_red_fused__fused_rms_norm__to_copy_add_mul_2", "norm and elementwise"),
     ("triton_poi_fused_mul_silu_4", "norm and elementwise"),
