@@ -179,7 +179,7 @@ class Decoder(nn.Module):
             )
         context = Context.of(self.config, self.attention_config, packing, padding)
         if faster is not None:
-            pin_sizes(context, batches=self.attention_config.dense_impl == "cudnn")
+            context = pin_sizes(context, batches=self.attention_config.dense_impl == "cudnn")
         x = self.embed(tokens.flatten())  # [T, hidden]
         reports = []
         for layer in self.layers:

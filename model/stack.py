@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -62,15 +63,18 @@ def compiled(backend: str | Callable[..., Any], fullgraph: bool) -> Run:
     return call
 
 
-def pin_sizes(context: Context, batches: bool) -> None:
+def pin_sizes(context: Context, batches: bool) -> Context:
     """Tell the compiler which of the context's tensors keep their sizes from step to step: all but cu_seqlens, and that
     too in a graph of its own where attention takes documents of one length as a batch (`batches`)."""
+    if context.packing.even and not batches:  # torch 2.11 guards it where a checkpoint is traced, though nothing asks for it
+        context = replace(context, packing=replace(context.packing, even=False))
     packing, slots = context.packing, context.slots
     tensors = [packing.doc, packing.position, *context.rotation, *(context.slot_rotation or ()), context.real]
-    if batches and packing.even:
+    if packing.even:
         tensors.append(packing.cu_seqlens)
     if slots is not None:
         tensors += [slots.start, slots.position, slots.valid, slots.chunk]
     for tensor in tensors:
         if tensor is not None:
             torch._dynamo.mark_static(tensor)
+    return context
