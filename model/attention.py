@@ -16,6 +16,11 @@ from sieve.model.rope import attention_scale, rotate
 DENSE_IMPL = {"auto": "auto", "triton": "auto", "reference": "reference"}
 
 
+def dense_impl(config: AttentionConfig) -> str:
+    """What the dense kernels are asked for; the reference, when it is wanted, is wanted of everything."""
+    return config.dense_impl if config.dense_impl != "auto" and config.impl != "reference" else DENSE_IMPL[config.impl]
+
+
 class Attention(nn.Module):
     """Causal attention within documents: x [T, hidden] -> [T, hidden] and an empty dict (it has nothing to report).
 
@@ -26,7 +31,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, config: AttentionConfig, window: int | None) -> None:
         super().__init__()
         hidden, heads, groups = model.hidden_size, model.num_heads, model.num_kv_heads
-        self.heads, self.groups, self.window, self.impl = heads, groups, window, DENSE_IMPL[config.impl]
+        self.heads, self.groups, self.window, self.impl = heads, groups, window, dense_impl(config)
         self.scale = attention_scale(model.rope, model.head_dim_qk)
         self.q_proj = nn.Linear(hidden, heads * model.head_dim_qk, bias=False)
         self.k_proj = nn.Linear(hidden, groups * model.head_dim_qk, bias=False)
@@ -50,7 +55,8 @@ class Attention(nn.Module):
         else:
             keys, values, position = stored
             out = chunk.unpad(cached_attention(
-                chunk.pad(q), keys, values, chunk.query, position, scale=self.scale, window=self.window, impl=self.impl
+                chunk.pad(q), keys, values, chunk.query, position, scale=self.scale, window=self.window,
+                impl="reference" if self.impl == "reference" else "auto",
             ))  # [T, H, Dv]
         if self.output_gate is not None:
             out = out * self.output_gate(x).sigmoid().unsqueeze(-1)

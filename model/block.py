@@ -17,8 +17,8 @@ from sieve.model.nsa import NSA
 class Block(nn.Module):
     """Layer `index` of a model: x [T, hidden] -> [T, hidden] and a dict of tensors.
 
-    The dict: "health" (dict of scalars; NSA layers, when the context collects), "load" (fp32 [E]; MoE layers) and
-    "aux_loss" (fp32 scalar; MoE layers with balance="aux").
+    The dict: "gates" and "indices" (NSA layers; see NSA), "load" (fp32 [E]; MoE layers) and "aux_loss" (fp32 scalar; MoE
+    layers with balance="aux").
     """
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig, index: int) -> None:

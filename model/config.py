@@ -117,6 +117,9 @@ class AttentionConfig(Config):
     qk_norm: bool = False
     output_gate: bool = Field(False, description="sigmoid gate per head and token on full and window layers' output")
     impl: Literal["auto", "triton", "reference"] = "auto"
+    dense_impl: Literal["auto", "cudnn"] = Field(
+        "auto", description="of full attention; cudnn: on a GPU, in micro-batches whose documents are all of one length"
+    )
     window_size: int = 512
     kernel_size: int = 32
     kernel_stride: int = 16
@@ -166,9 +169,10 @@ class AttentionConfig(Config):
 class LossConfig(Config):
     """z_loss: coefficient of the squared log-partition (PaLM, arXiv 2204.02311, section 5), added per labelled token.
 
-    impl: "torch" (any device) or "liger" (liger-kernel's fused Triton kernels, CUDA only); "auto" prefers liger.
+    impl: "torch" (any device), "liger" (liger-kernel's fused Triton kernels, CUDA only) or "compiled" (as torch, a chunk's
+    softmax and slope by torch.compile; unlike liger it never waits for the GPU); "auto" prefers liger.
     """
 
     z_loss: float = Field(0.0, ge=0)
-    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (impl torch; liger has its own)")
-    impl: Literal["auto", "torch", "liger"] = "auto"
+    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (torch and compiled; liger has its own)")
+    impl: Literal["auto", "torch", "liger", "compiled"] = "auto"

@@ -17,9 +17,9 @@ from sieve.model.rope import rotation
 class Context:
     """packing: where the documents lie. rotation: cos and sin at the tokens' positions, fp32 [T, 1, Dqk // 2].
     slots: where compressed blocks lie; slot_rotation: cos and sin at their first tokens, fp32 [C, 1, Dqk // 2]; both
-        None where no layer compresses: none is an NSA layer, or `dense` without a cache. collect: whether layers report
-        their health. dense: all documents are within attention.dense_len, so that NSA layers attend to all. chunk: where
-        the tokens go in a cache, and then documents are its sequences; None in training.
+        None where no layer compresses: none is an NSA layer, or `dense` without a cache. dense: all documents are
+        within attention.dense_len, so that NSA layers attend to all. chunk: where the tokens go in a cache, and then
+        documents are its sequences; None in training.
     real: bool [T], which tokens are no padding; None: all.
     """
 
@@ -27,7 +27,6 @@ class Context:
     rotation: tuple[Tensor, Tensor]
     slots: CompressedSlots | None
     slot_rotation: tuple[Tensor, Tensor] | None
-    collect: bool = False
     dense: bool = False
     chunk: Chunk | None = None
     real: Tensor | None = None
@@ -35,8 +34,7 @@ class Context:
     @classmethod
     @torch.no_grad()
     def of(
-        cls, model: ModelConfig, attention: AttentionConfig, packing: Packing, collect: bool = False,
-        padding: Tensor | None = None,
+        cls, model: ModelConfig, attention: AttentionConfig, packing: Packing, padding: Tensor | None = None
     ) -> Context:
         slots = slot_rotation = None
         dense = packing.max_seqlen <= attention.dense_len
@@ -46,7 +44,7 @@ class Context:
                 slot_rotation = rotation(slots.position, model.rope, model.head_dim_qk)
         real = None if padding is None else ~padding.flatten()
         turn = rotation(packing.position, model.rope, model.head_dim_qk)
-        return cls(packing, turn, slots, slot_rotation, collect, dense, real=real)
+        return cls(packing, turn, slots, slot_rotation, dense, real=real)
 
     @classmethod
     def of_chunk(cls, model: ModelConfig, attention: AttentionConfig, chunk: Chunk) -> Context:

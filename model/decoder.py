@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from sieve.kernels.common.ranges import named
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.block import Block
 from sieve.model.cache import Cache
 from sieve.model.config import AttentionConfig, LossConfig, ModelConfig, RopeConfig
 from sieve.model.context import Context
 from sieve.model.head import Head
+from sieve.model.health import layer_health
 from sieve.model.loss import IGNORE
 from sieve.model.norm import RMSNorm
+from sieve.model.nsa import NSA
 from sieve.model.rope import attention_scale
-
-Checkpointing = Literal["none", "block"]
+from sieve.model.stack import Checkpointing, Run, compiled, pin_sizes, run_layer
 
 
 class DecoderOutput(NamedTuple):
@@ -52,6 +53,7 @@ class Decoder(nn.Module):
             raise ValueError(f"vocab_size={vocab_size} must be at least 1; it is the tokenizer's")
         self.config, self.attention_config, self.vocab_size = model, attention, vocab_size
         self.checkpointing: Checkpointing = "none"
+        self._compiled: Run | None = None
         self.embed = nn.Embedding(vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(Block(model, attention, i) for i in range(model.num_layers))
         self.norm = RMSNorm(model.hidden_size, model.norm_eps)
@@ -68,10 +70,21 @@ class Decoder(nn.Module):
         return self
 
     def set_activation_checkpointing(self, mode: Checkpointing) -> None:
-        """ "block": keep only each layer's input in training and compute the layer again in the backward."""
+        """What training keeps of a layer for its backward; the rest is computed again there, with equal results.
+
+        none: all. attention: its input and what the attention operator returned. block: its input. full: its input, and
+        NSA's operator keeps nothing between its own forward and backward either (attention.save_outputs=false).
+        """
         if mode not in get_args(Checkpointing):
             raise ValueError(f"activation checkpointing {mode!r} is not one of {', '.join(get_args(Checkpointing))}")
         self.checkpointing = mode
+        for layer in self.layers:
+            if isinstance(layer.attention, NSA):
+                layer.attention.save_outputs = self.attention_config.save_outputs and mode != "full"
+
+    def compile_layers(self, *, backend: str | Callable[..., Any] = "inductor", fullgraph: bool = True) -> None:
+        """Run the layers through torch.compile where a loss is asked for; see sieve.model.stack.compiled."""
+        self._compiled = compiled(backend, fullgraph)
 
     def set_rope(self, rope: RopeConfig) -> None:
         """Rotate by `rope` from now on: a longer context's YaRN, say. No parameter changes."""
@@ -91,11 +104,12 @@ class Decoder(nn.Module):
         collect: fill `health`. per_token: fill `token_loss`. at: instead of a loss, the next-token logits [n, vocab] at
         the places int64 [n] among the B * S; labels play no part then.
         """
-        x, reports = self._hidden(tokens, packing, collect, padding)
+        x, reports = self._hidden(tokens, packing, collect, padding, self._compiled if at is None else None)
         if at is not None:
             return self.head(x[at])
         labels = labels.flatten()
-        loss, ce, token = self.head(x, labels, per_token)
+        with named("loss"):
+            loss, ce, token = self.head(x, labels, per_token)
         penalties = [report["aux_loss"] for report in reports if "aux_loss" in report]
         if penalties:
             loss = loss + torch.stack(penalties).sum() * (labels != IGNORE).sum()
@@ -116,7 +130,7 @@ class Decoder(nn.Module):
 
     def hidden(self, tokens: Tensor, packing: Packing) -> Tensor:
         """What the head gets: [B * S, hidden]."""
-        return self._hidden(tokens, packing, collect=False)[0]
+        return self._hidden(tokens, packing)[0]
 
     @torch.no_grad()
     def extend(
@@ -163,21 +177,24 @@ class Decoder(nn.Module):
         return Cache(self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype)
 
     def _hidden(
-        self, tokens: Tensor, packing: Packing, collect: bool, padding: Tensor | None = None
+        self, tokens: Tensor, packing: Packing, collect: bool = False, padding: Tensor | None = None,
+        faster: Run | None = None,
     ) -> tuple[Tensor, list[dict]]:
         if packing.total_tokens != tokens.numel():
             raise ValueError(
                 f"packing lays out {packing.total_tokens} tokens, tokens {list(tokens.shape)} has {tokens.numel()}"
             )
-        context = Context.of(self.config, self.attention_config, packing, collect, padding)
+        context = Context.of(self.config, self.attention_config, packing, padding)
+        if faster is not None:
+            context = pin_sizes(context, batches=self.attention_config.dense_impl == "cudnn")
         x = self.embed(tokens.flatten())  # [T, hidden]
-        again = self.checkpointing == "block" and torch.is_grad_enabled()
         reports = []
         for layer in self.layers:
-            if again:  # nothing is random, so no generator's state is kept
-                x, report = checkpoint(layer, x, context=context, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x, report = layer(x, context=context)
+            watched = layer.attention._forward_pre_hooks  # a compiled layer would pass over a hook of its parts
+            x, report = (run_layer if faster is None or watched else faster)(layer, x, context, self.checkpointing)
+            gates, indices = report.pop("gates", None), report.pop("indices", None)
+            if collect and isinstance(layer.attention, NSA):
+                report["health"] = layer_health(gates, indices, packing, layer.attention.geometry, x.device)
             reports.append(report)
         return self.norm(x), reports
 

@@ -22,6 +22,13 @@ def unknown_health(device: torch.device) -> dict[str, Tensor]:
     return {name: torch.full((), float("nan"), device=device) for name in NAMES}
 
 
+def layer_health(
+    gates: Tensor | None, indices: Tensor | None, packing: Packing, geometry: Geometry, device: torch.device
+) -> dict[str, Tensor]:
+    """`nsa_health` of an NSA layer, or `unknown_health` of one that attended densely and so has neither."""
+    return unknown_health(device) if gates is None else nsa_health(gates, indices, packing, geometry)
+
+
 @torch.no_grad()
 def nsa_health(gates: Tensor, indices: Tensor, packing: Packing, geometry: Geometry) -> dict[str, Tensor]:
     """gates [T, H, 3] and indices int32 [T, Hkv, topk] of one layer -> fp32 scalars on their device, no host sync.

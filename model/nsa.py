@@ -20,7 +20,6 @@ from sieve.model.cache import NSACache
 from sieve.model.chunk import Chunk
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
-from sieve.model.health import nsa_health, unknown_health
 from sieve.model.norm import RMSNorm
 from sieve.model.rope import attention_scale, rotate
 
@@ -64,7 +63,7 @@ class _WithIdle(torch.autograd.Function):
 class NSA(nn.Module):
     """Compression, selection and window branches, mixed by a sigmoid gate per head and token.
 
-    x [T, hidden] -> [T, hidden] and, when the context collects, {"health": the scalars of sieve.model.health}.
+    x [T, hidden] -> [T, hidden] and what sieve.model.health looks at: {"gates": [T, H, 3], "indices": int32 [T, Hkv, topk]}.
     The selection branch's keys and values are `k_proj` and `v_proj`, the names they have in full attention, so that a
     twin starts from the same weights; with share_kv the other branches read them too. phi sees keys before RoPE (and
     before QK-norm, which is applied to its result); a compressed key is rotated at its block's first token.
@@ -136,8 +135,7 @@ class NSA(nn.Module):
             q, k_cmp, v_cmp, k_slc, v, k_win, v_win, gates, context.packing, self.geometry,
             scale=self.scale, impl=self.impl, save_outputs=self.save_outputs,
         )
-        aux = {"health": nsa_health(gates, indices, context.packing, self.geometry)} if context.collect else {}
-        return self.o_proj(out.flatten(1)), aux
+        return self.o_proj(out.flatten(1)), {"gates": gates.detach(), "indices": indices}
 
     def _decode(
         self, q: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, chunk: Chunk, cache: NSACache
@@ -156,8 +154,7 @@ class NSA(nn.Module):
         out = attention(q, k, v, context.packing, scale=self.scale, impl=DENSE_IMPL[self.impl])
         busy = ("q_proj.", "k_proj.", "v_proj.", "o_proj.", "q_norm.", "k_norm.")
         idle = [p for name, p in self.named_parameters() if not name.startswith(busy)]
-        aux = {"health": unknown_health(q.device)} if context.collect else {}
-        return self.o_proj(_WithIdle.apply(out.flatten(1), *idle)), aux
+        return self.o_proj(_WithIdle.apply(out.flatten(1), *idle)), {}
 
     def _decode_dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context, cache: NSACache) -> Tensor:
         """As `_dense`, of new tokens whose selection keys the cache has already: [T, H, Dv]."""

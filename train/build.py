@@ -34,6 +34,7 @@ from sieve.train.callbacks.console import Console
 from sieve.train.callbacks.evaluate import Evaluate, Evaluation
 from sieve.train.callbacks.health import Health
 from sieve.train.callbacks.jsonl import Jsonl
+from sieve.train.callbacks.profile import Profile
 from sieve.train.callbacks.speed import Speed
 from sieve.train.callbacks.wandb import Wandb
 from sieve.train.callbacks.watchdog import Watchdog
@@ -75,7 +76,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     module = build_model(config, place.device, vocab_size)
     zero = deepspeed_config(
         config.zero, dtype=config.dtype, clip=config.optim.clip, global_batch=phases[0].global_batch,
-        micro_batch=phases[0].micro_batch, world_size=place.world_size,
+        micro_batch=phases[0].micro_batch, world_size=place.world_size, cuda=place.device.type == "cuda",
     )
     facts = environment(config, place, vocab_size)
     if place.rank == 0:
@@ -105,6 +106,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     needs = [(config.model, config.attention, vocab_size, phase.seq_len) for phase in phases]
     listeners = Callbacks([
         Watchdog(config.watchdog),
+        Profile(config.profile, place.device),
         Speed(
             place.device, [sum(flops_per_token(*need).values()) for need in needs],
             [sum(dense_flops_per_token(*need).values()) for need in needs],
@@ -142,6 +144,9 @@ def build_model(config: RunConfig, device: torch.device, vocab_size: int) -> Dec
     with torch.device(device):
         module = Decoder(config.model, config.attention, vocab_size, config.loss)
     module.set_activation_checkpointing(config.activation_checkpointing)
+    if config.compile is True or config.compile == "auto" and device.type == "cuda" and config.zero.stage < 3:
+        # On a CPU attention reads the documents' lengths on the host: a gap in every layer's graph.
+        module.compile_layers(fullgraph=device.type == "cuda")
     if device.type != "meta":
         initialize(module, config.seed)
     return module

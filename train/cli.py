@@ -17,7 +17,7 @@ COMMANDS = {
     "tokenizer": ("sieve.scripts.train_tokenizer", "train a tokenizer, measure it, export it to transformers"),
     "prepare": ("sieve.scripts.prepare_data", "tokenize text into shards to train from"),
     "export": ("sieve.train.export", "write a checkpoint's weights in transformers' layout"),
-    "bench": ("sieve.scripts.bench.command", "measure attention kernels, reading or preparing data"),
+    "bench": ("sieve.scripts.bench.command", "measure attention kernels, training steps, reading or preparing data"),
 }
 
 

@@ -13,6 +13,7 @@ from sieve.model.config import AttentionConfig, Config, LossConfig, ModelConfig
 from sieve.train.callbacks.check import CheckConfig
 from sieve.train.callbacks.checkpoint import CheckpointConfig
 from sieve.train.callbacks.evaluate import EvalConfig
+from sieve.train.callbacks.profile import ProfileConfig
 from sieve.train.callbacks.wandb import LoggerConfig
 from sieve.train.callbacks.watchdog import WatchdogConfig
 from sieve.train.guard import GuardConfig
@@ -38,7 +39,10 @@ class RunConfig(Config):
     seed: int = Field(0, ge=0, lt=2**63, description="of the weights and of the order of documents")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["fp32", "bf16"] = Field("fp32", description="of the computation; bf16 keeps fp32 master weights")
-    activation_checkpointing: Literal["none", "block"] = Field("none", description="block: recompute in the backward")
+    compile: Literal["auto"] | bool = Field("auto", description="the layers by torch.compile; auto: on CUDA, not at zero=3")
+    activation_checkpointing: Literal["none", "attention", "block", "full"] = Field(
+        "none", description="what is computed again in the backward: nothing; all but attention; layers; NSA's branches, too"
+    )
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
     init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     resume_mismatch: Literal["refuse", "allow"] = Field("refuse", description="when the checkpoint had other settings")
@@ -50,6 +54,7 @@ class RunConfig(Config):
     guard: GuardConfig = GuardConfig()
     watchdog: WatchdogConfig = WatchdogConfig()
     check: CheckConfig = CheckConfig()
+    profile: ProfileConfig = ProfileConfig()
     loss: LossConfig = LossConfig()
     model: ModelConfig
     attention: AttentionConfig = AttentionConfig()
@@ -64,6 +69,11 @@ class RunConfig(Config):
     @classmethod
     def _step_as_text(cls, value: Any) -> Any:
         return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _profile_as_switch(cls, value: Any) -> Any:
+        return {"enabled": value} if isinstance(value, bool) else value
 
     @field_validator("name")
     @classmethod
@@ -97,6 +107,15 @@ class RunConfig(Config):
             raise ValueError(
                 "dtype=bf16 with zero.stage=0 keeps no fp32 master weights; choose zero=1, 2 or 3, also for one "
                 "process, or dtype=fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles(self) -> RunConfig:
+        if self.compile is True and self.zero.stage == 3:
+            raise ValueError(
+                "compile=true with zero.stage=3, which gathers each weight by hooks that cannot be traced; choose zero=1 "
+                "or 2, or compile=false"
             )
         return self
 

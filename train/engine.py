@@ -21,7 +21,7 @@ from sieve.kernels.nsa.layout import Packing
 from sieve.model.config import RopeConfig
 from sieve.model.decoder import Decoder, DecoderOutput
 from sieve.train import partition
-from sieve.train.distributed import Place
+from sieve.train.distributed import Place, sum_over_ranks
 from sieve.train.partition import Piece
 from sieve.train.skip import SkippableAdamW, is_bad
 
@@ -35,20 +35,30 @@ class Engine:
     initial: the fp32 values of the parameter of a name and shape, to which bf16 training sets its master weights.
         DeepSpeed would take them from the parameters after rounding them to bf16.
     ropes: the model's rotary embedding in each phase; none: the module's own.
+    on_device: clip and skip by scalars that AdamW's fused kernel reads, so that the host never waits for the norm; in bf16
+        at stages 1 and 2. None: on a GPU.
     """
 
     def __init__(
         self, module: Decoder, optimizer: SkippableAdamW, config: dict[str, Any], place: Place, *,
         clip: float, initial: Callable[[str, torch.Size], Tensor], ropes: Sequence[RopeConfig] = (),
+        on_device: bool | None = None,
     ) -> None:
         self.module, self._adamw, self._ropes = module, optimizer, ropes
         self._micro_batches, self._done = config["gradient_accumulation_steps"], 0  # of a step
         self.skipped = torch.zeros((), dtype=torch.bool, device=place.device)
         self.before_update: Callable[[], None] = lambda: None  # called before anything of `pieces` is changed
         self._stage, self._clip, self._place = config["zero_optimization"]["stage"], clip, place
+        on_device = place.device.type == "cuda" if on_device is None else on_device
+        self._on_device = on_device and config["bf16"]["enabled"] and self._stage < 3
         deepspeed = _import_deepspeed(place)
         with _quiet():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)
+        if self._on_device and self._stage == 1:
+            # Its step would wait for the norm, to skip what AdamW is told to skip, and copies a scalar to mark a bad one.
+            its = sys.modules["deepspeed.runtime.bf16_optimizer"]
+            its.is_invalid_grad_norm = lambda norm: False
+            its.get_global_norm_of_tensors = lambda input_tensors, **_: _norm_of(input_tensors)
         if config["bf16"]["enabled"]:
             self._set_masters(initial)
 
@@ -113,7 +123,19 @@ class Engine:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         loss = torch.zeros((), device=self._place.device) if loss is None else loss
-        if self._stage:
+        if self._on_device:
+            norm = self._norm_of_gradients() if self._stage == 2 else None
+
+            def judge() -> Tensor:
+                found = self._norm() if norm is None else norm
+                if self._clip:
+                    self._adamw.grad_scale = ((found + 1e-6) / self._clip).clamp(min=1.0)
+                return is_bad(loss, found, limit)
+
+            self._adamw.should_skip = judge
+            self._engine.step()
+            norm = self._norm() if norm is None else norm
+        elif self._stage:
             self._adamw.should_skip = lambda: is_bad(loss, self._norm(), limit)
             self._engine.step()  # at stage 3 and in fp32 DeepSpeed itself skips when the norm is no number
             norm = self._norm()
@@ -123,6 +145,12 @@ class Engine:
             self._engine.step()
         self.skipped = is_bad(loss, norm, limit)
         return norm
+
+    def _norm_of_gradients(self) -> Tensor:
+        """Of the whole model's, from the parts that ZeRO's stage 2 leaves on the ranks, worked out on the device alone."""
+        parts = [g for group in self._optimizer.averaged_gradients.values() for g in group or ()]
+        norm = _norm_of(parts)
+        return sum_over_ranks(norm.square()).sqrt() if self._place.world_size > 1 else norm
 
     def _norm(self) -> Tensor:
         return torch.as_tensor(self._optimizer._global_grad_norm, device=self._place.device)
@@ -145,6 +173,10 @@ class Engine:
     def close(self) -> None:
         """Let go of hooks and buffers."""
         self._engine.destroy()
+
+
+def _norm_of(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
 
 
 def _import_deepspeed(place: Place) -> Any:

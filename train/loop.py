@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from sieve.data.loader import Step
+from sieve.kernels.common.ranges import named
 from sieve.train import schedule
 from sieve.train.callbacks.callback import Callback
 from sieve.train.distributed import Place, sum_over_ranks
 from sieve.train.engine import Engine
 from sieve.train.guard import Guard
+from sieve.train.outcome import Ledger, Outcome, to_host
 from sieve.train.signals import SaveRequest, StopSignal
-from sieve.train.skipped import write_skipped
 from sieve.train.state import RunState
 
 log = logging.getLogger(__name__)
@@ -34,20 +35,24 @@ def train(
     The callbacks see every step, and the end also when an error ends it. Raises NonFiniteLoss.
     """
     status = "failed"
-    guard = Guard(run.config.guard, run.guard)
+    ledger = Ledger(Guard(run.config.guard, run.guard), lag=place.device.type == "cuda" and not run.config.guard.spikes)
     request = SaveRequest(run.directory / "save")
     callbacks.start(run)
     try:
         while run.step < run.total_steps and not run.ending:
-            step = next(loader)
-            if step.phase != run.phase:
-                log.info("data.phases[%d] begins after step %d, %d tokens", step.phase - 1, run.step, run.tokens)
-            logged = (run.step + 1) % run.config.log.every == 0 or run.step + 1 == run.total_steps
-            record = train_step(run, engine, step, place, guard, logged)
+            with named("step"):
+                with named("data"):
+                    step = next(loader)
+                if step.phase != run.phase:
+                    log.info("data.phases[%d] begins after step %d, %d tokens", step.phase - 1, run.step, run.tokens)
+                logged = (run.step + 1) % run.config.log.every == 0 or run.step + 1 == run.total_steps
+                outcome = train_step(run, engine, step, place, ledger.guard, logged)
             asked = torch.tensor([float(stop.requested is not None), float(place.rank == 0 and request.take())])
             stopping, run.save_requested = (count > 0 for count in sum_over_ranks(asked).tolist())
             run.stopping = stopping and run.step < run.total_steps
-            callbacks.step(run, record)
+            saved = run.save_requested or run.config.checkpoint.due(run.step)  # with what is known of all steps up to it
+            ledger.add(run, outcome, now=logged or saved or run.ending)
+            callbacks.step(run, outcome.record)
             if run.failure is not None:
                 raise NonFiniteLoss(run.failure)
         status = "stopped" if run.stopping else "finished"
@@ -56,23 +61,23 @@ def train(
     return status
 
 
-def train_step(
-    run: RunState, engine: Engine, step: Step, place: Place, guard: Guard, logged: bool
-) -> dict | None:
-    """One optimizer step on a global batch; `run` stands behind it afterwards. Its record if `logged`, else None.
+def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: Guard, logged: bool) -> Outcome:
+    """One optimizer step on a global batch; `run` stands behind it afterwards. Its outcome, with a record if `logged`.
 
     The loss is the sum of the cross entropy over the labelled tokens of the whole global batch over their number, so
     that it does not depend on how rows are spread over micro-batches and ranks. When it, or the gradient, is no finite
     number, or `guard` takes it for a spike, the batch is passed over: weights, optimizer and balancing stay as they
-    are. That is decided on the device; the host reads the loss and the decision together, once a step.
+    are. That is decided on the device, and the host does not wait for it here.
     """
     cross_entropy = torch.zeros((), dtype=torch.float64, device=place.device)
     load: dict[int, Tensor] = {}
     health: defaultdict[str, list[Tensor]] = defaultdict(list)
     engine.enter(step.phase, len(step.micro_batches))
     for batch in step.micro_batches:
-        out = engine.forward(batch.to(place.device), collect=logged)
-        engine.backward(out.loss_sum / step.labelled)
+        with named("forward"):
+            out = engine.forward(batch.to(place.device), collect=logged)
+        with named("backward"):
+            engine.backward(out.loss_sum / step.labelled)
         cross_entropy += out.ce_sum
         for layer, tokens in out.expert_load.items():
             load[layer] = load[layer] + tokens if layer in load else tokens
@@ -80,43 +85,23 @@ def train_step(
             health[name].append(value)
     lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step + 1, run.total_steps)
     sum_over_ranks(cross_entropy)
-    norm = engine.update(lr, cross_entropy / step.labelled, guard.limit())
+    with named("optimizer"):
+        norm = engine.update(lr, cross_entropy / step.labelled, guard.limit())
     for tokens in load.values():
         sum_over_ranks(tokens)
     # Equal loads move no bias: nothing is balanced in a step that is skipped.
     engine.module.update_router_bias({layer: tokens * ~engine.skipped for layer, tokens in load.items()})
-    total, skipped = torch.stack([cross_entropy, engine.skipped]).tolist()
-    loss = total / step.labelled
     before = run.data
     run.step += 1
     run.tokens = run.tokens_before + step.state["tokens"]
     run.data = step.state
-    why = guard.judge(loss, float(norm) if skipped else 0.0, bool(skipped))
-    run.guard = guard.state
-    if why is not None:
-        write_skipped(run, step, why, loss, float(norm), before)
-    if guard.gives_up:
-        run.failure = (
-            f"steps {run.step - run.config.guard.max_in_a_row + 1} to {run.step}: the loss is {loss}, with a gradient "
-            f"norm of {float(norm)} and optim.lr={lr:g}; none of them has touched the weights, and the state is saved. "
-            "Lower optim.lr, or lengthen schedule.warmup"
-        )
-    if not logged:
-        return None
-    run.expert_load = load
-    run.router_bias = {layer: engine.module.layers[layer].mlp.router.bias for layer in load}
-    run.health = {name: _mean_of_known(values) for name, values in health.items()}
-    return {
-        "step": run.step,
-        "tokens": run.tokens,
-        "train/loss": loss,
-        "train/grad_norm": float(norm),
-        "train/lr": lr,
-        "train/skipped": guard.state["skipped"],
-        "data/tokens_hash": step.state["hash"],
-        "data/epoch": step.epoch,
-        **step.metrics,
-    }
+    record = None
+    if logged:
+        run.expert_load = load
+        run.router_bias = {layer: engine.module.layers[layer].mlp.router.bias for layer in load}
+        run.health = {name: _mean_of_known(values) for name, values in health.items()}
+        record = {"step": run.step, "tokens": run.tokens}
+    return Outcome(run.step, step, before, lr, record, *to_host(torch.stack([cross_entropy, engine.skipped, norm.double()])))
 
 
 def _mean_of_known(values: list[Tensor]) -> Tensor:

@@ -14,9 +14,13 @@ from torch import Tensor
 
 
 class SkippableAdamW(torch.optim.AdamW):
-    """AdamW whose step does nothing when `should_skip()`, a bool scalar on the parameters' device, is true."""
+    """AdamW whose step does nothing when `should_skip()`, a bool scalar on the parameters' device, is true.
+
+    grad_scale: fp32 scalar that gradients are divided by as the fused kernel reads them (its name in torch); None: 1.
+    """
 
     should_skip: Callable[[], Tensor] | None = None
+    grad_scale: Tensor | None = None
 
     def step(self, closure: Any = None) -> Any:
         if self.should_skip is None:

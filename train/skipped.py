@@ -15,8 +15,10 @@ SKIPPED_FILE = "skipped.jsonl"
 _SHOWN = 8  # documents in the log's line; the file has all
 
 
-def write_skipped(run: RunState, step: Step, why: str, loss: float, norm: float, before: dict[str, Any] | None) -> None:
-    """Log the step that `run` has just passed over, and append it to the run's file.
+def write_skipped(
+    run: RunState, number: int, step: Step, why: str, loss: float, norm: float, before: dict[str, Any] | None
+) -> None:
+    """Log step `number`, which `run` has passed over, and append it to the run's file.
 
     why: loss, gradient or spike. before: the loader's state that makes this batch again.
     """
@@ -24,13 +26,13 @@ def write_skipped(run: RunState, step: Step, why: str, loss: float, norm: float,
         return
     documents = step.documents
     row = {
-        "step": run.step, "why": why, "loss": loss, "grad_norm": norm, "documents": documents, "data": before,
+        "step": number, "why": why, "loss": loss, "grad_norm": norm, "documents": documents, "data": before,
         "tokens_hash": step.state.get("hash"),
     }
     shown = ", ".join(documents[:_SHOWN]) + (f" and {len(documents) - _SHOWN} more" if len(documents) > _SHOWN else "")
     log.warning(
         "step %d is skipped: loss %g, gradient norm %g (%s); its documents: %s; all of it in %s",
-        run.step, loss, norm, "a spike" if why == "spike" else f"the {why} is not finite", shown or "unknown",
+        number, loss, norm, "a spike" if why == "spike" else f"the {why} is not finite", shown or "unknown",
         run.directory / SKIPPED_FILE,
     )
     try:

@@ -18,13 +18,15 @@ class ZeroConfig(Config):
 
 def deepspeed_config(
     zero: ZeroConfig, *, dtype: Literal["fp32", "bf16"], clip: float,
-    global_batch: int, micro_batch: int, world_size: int,
+    global_batch: int, micro_batch: int, world_size: int, cuda: bool = False,
 ) -> dict[str, Any]:
     """The DeepSpeed configuration. The batch sizes are rows; micro_batch * world_size divides global_batch.
 
     In bf16 gradients are accumulated and reduced in fp32. gradient_clipping is 0 at stage 0 in fp32, where DeepSpeed
-    would clip and not tell the norm: the engine clips there itself.
+    would clip and not tell the norm: the engine clips there itself. So it does on a GPU (`cuda`) in bf16 at stages 1 and
+    2, where DeepSpeed reads the norm on the host before it clips; see Engine.
     """
+    clips = zero.stage > 0 and not (cuda and dtype == "bf16" and zero.stage < 3)
     zero_optimization: dict[str, Any] = {"stage": zero.stage}
     if zero.stage:
         zero_optimization |= {
@@ -32,6 +34,8 @@ def deepspeed_config(
             "allgather_bucket_size": zero.bucket_size,
             "overlap_comm": zero.stage == 3,  # at stages 1 and 2 it copies to buckets on a second stream for little
         }
+    if zero.stage == 2 and not clips:  # the norm would be made with a copy that waits; stage 1 has no such switch
+        zero_optimization["compute_grad_norm"] = False
     if zero.stage == 3:
         zero_optimization |= {
             "stage3_prefetch_bucket_size": zero.bucket_size,
@@ -41,7 +45,7 @@ def deepspeed_config(
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": global_batch // (micro_batch * world_size),
-        "gradient_clipping": clip if zero.stage else 0.0,
+        "gradient_clipping": clip if clips else 0.0,
         "zero_optimization": zero_optimization,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled at start
         "bf16": {"enabled": dtype == "bf16"},

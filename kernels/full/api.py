@@ -7,23 +7,36 @@ from typing import Literal
 from torch import Tensor
 
 from sieve.kernels.common.log import log_once
+from sieve.kernels.full.cudnn import cudnn_attention, why_not_cudnn
 from sieve.kernels.full.reference import causal_attention
 from sieve.kernels.full.sdpa import sdpa_attention
 from sieve.kernels.full.varlen import varlen_attention, why_not_varlen
 from sieve.kernels.nsa.layout import Packing
 
-Impl = Literal["auto", "varlen", "sdpa", "reference"]
-IMPLS = ("auto", "varlen", "sdpa", "reference")
+Impl = Literal["auto", "varlen", "cudnn", "sdpa", "reference"]
+IMPLS = ("auto", "varlen", "cudnn", "sdpa", "reference")
 
 
-def resolve_impl(impl: Impl, q: Tensor, v: Tensor, window: int | None) -> Literal["varlen", "sdpa", "reference"]:
-    """Which implementation runs; "auto" logs its choice once. ValueError when a named one cannot serve."""
+def resolve_impl(
+    impl: Impl, q: Tensor, v: Tensor, window: int | None, even: bool = False
+) -> Literal["varlen", "cudnn", "sdpa", "reference"]:
+    """Which implementation runs; "auto" logs its choice once. ValueError when a named one cannot serve.
+
+    "cudnn" serves full attention over documents of one length (`even`); all else is then chosen as by "auto".
+    """
     if impl not in IMPLS:
         raise ValueError(f"impl={impl!r} is not one of {', '.join(IMPLS)}")
     if impl == "reference":
         return "reference"
     if impl == "sdpa":
         return "sdpa"
+    if impl == "cudnn":
+        reason = why_not_cudnn(q, v)
+        if reason is not None:
+            raise ValueError(f"impl='cudnn' cannot be had: {reason}; use impl='auto'")
+        if even and window is None:
+            log_once(__name__, f"full attention: cudnn where documents are of one length, in {q.dtype}")
+            return "cudnn"
     reason = why_not_varlen(q, v)
     if impl == "varlen":
         if reason is not None:
@@ -70,14 +83,18 @@ def attention(
     """Causal attention by document: q [T, H, Dqk], k [T, Hkv, Dqk], v [T, Hkv, Dv] -> [T, H, Dv] in q's dtype.
 
     Query head h reads KV head h // (H // Hkv). window: keep the keys (t - window, t], the query's own included; None
-    keeps all. "auto" takes varlen (FlashAttention) on CUDA in half precision, else SDPA by document, but the chunked
+    keeps all. "cudnn": where all documents are of one length (packing.even), and as "auto" elsewhere.
+    "auto" takes varlen (FlashAttention) on CUDA in half precision, else SDPA by document, but the chunked
     reference for windows on CUDA. Raises ValueError on shapes, dtypes or devices that do not fit together, and on an
     impl that cannot serve them.
     """
     _check(q, k, v, packing, window)
-    chosen = resolve_impl(impl, q, v, window)
+    even = impl == "cudnn" and packing.even  # a compiled graph that does not ask serves either
+    chosen = resolve_impl(impl, q, v, window, even)
     if chosen == "varlen":
         return varlen_attention(q, k, v, packing, window, scale=scale)
+    if chosen == "cudnn":
+        return cudnn_attention(q, k, v, packing, scale=scale)
     if chosen == "sdpa":
         return sdpa_attention(q, k, v, packing, window, scale=scale)
     return causal_attention(q, k, v, packing, window, scale=scale)[0]

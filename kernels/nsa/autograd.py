@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.ranges import named
 from sieve.kernels.nsa.compress_bwd import compressed_attention_bwd
 from sieve.kernels.nsa.compress_fwd import compressed_attention_fwd
 from sieve.kernels.nsa.gate import combine_backward
@@ -53,16 +54,20 @@ def forward(
     for first, last in [(0, tokens)] if keep else token_slices(tokens, 3 * heads * d_v * q.element_size()):
         at = slice(first, last)
         here = _rows(packing, at)
-        o_cmp, lse_cmp = compressed_attention_fwd(q[at], k_cmp, v_cmp, here, geometry, scale=scale)
-        indices = select_blocks(q[at], k_cmp, lse_cmp, here, geometry, scale=scale)
-        o_slc, lse_slc = selected_attention_fwd(
-            q[at], k_slc, v_slc, indices, here, geometry, scale=scale, first_token=first
-        )
-        o_win, lse_win = torch.empty_like(o_cmp) if keep else None, torch.empty_like(lse_cmp)
-        window_attention_combine(
-            q[at], k_win, v_win, packing, geometry.window_size, o_cmp, o_slc, gates[at], out[at], o_win, lse_win,
-            scale=scale, first_token=first,
-        )
+        with named("compression, forward"):
+            o_cmp, lse_cmp = compressed_attention_fwd(q[at], k_cmp, v_cmp, here, geometry, scale=scale)
+        with named("scores and top-n, forward"):
+            indices = select_blocks(q[at], k_cmp, lse_cmp, here, geometry, scale=scale)
+        with named("selection, forward"):
+            o_slc, lse_slc = selected_attention_fwd(
+                q[at], k_slc, v_slc, indices, here, geometry, scale=scale, first_token=first
+            )
+        with named("window, forward"):
+            o_win, lse_win = torch.empty_like(o_cmp) if keep else None, torch.empty_like(lse_cmp)
+            window_attention_combine(
+                q[at], k_win, v_win, packing, geometry.window_size, o_cmp, o_slc, gates[at], out[at], o_win, lse_win,
+                scale=scale, first_token=first,
+            )
         small.append((indices, lse_cmp, lse_slc, lse_win))
         outputs = (o_cmp, o_slc, o_win) if keep else None
     indices, *lse = small[0] if len(small) == 1 else (torch.cat(parts) for parts in zip(*small))
@@ -109,17 +114,21 @@ def backward(
 
     indices, lse and outputs are what `forward` returned; outputs is None where they were not kept.
     """
-    dgates, deltas, shifted = _gates_backward(
-        do, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, indices, lse, outputs, packing, geometry, scale
-    )
+    with named("gates, backward"):
+        dgates, deltas, shifted = _gates_backward(
+            do, q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, indices, lse, outputs, packing, geometry, scale
+        )
     w = geometry.window_size
     # dq is summed in place, branch by branch: in fp32 within a kernel, rounded to q's dtype between two.
-    dq = window_dq(do, q, k_win, v_win, shifted[2], deltas[2], packing, w, scale=scale)
-    dk_win, dv_win = window_dkv(do, q, k_win, v_win, shifted[2], deltas[2], packing, w, scale=scale)
-    selected = do, q, k_slc, v_slc, indices, shifted[1], deltas[1], packing, geometry
-    selected_dq(*selected, scale=scale, dq=dq)
-    dk_slc, dv_slc = selected_dkv(*selected, scale=scale)
-    dk_cmp, dv_cmp = compressed_attention_bwd(
-        do, q, k_cmp, v_cmp, shifted[0], deltas[0], packing, geometry, scale=scale, dq=dq
-    )
+    with named("window, backward"):
+        dq = window_dq(do, q, k_win, v_win, shifted[2], deltas[2], packing, w, scale=scale)
+        dk_win, dv_win = window_dkv(do, q, k_win, v_win, shifted[2], deltas[2], packing, w, scale=scale)
+    with named("selection, backward"):
+        selected = do, q, k_slc, v_slc, indices, shifted[1], deltas[1], packing, geometry
+        selected_dq(*selected, scale=scale, dq=dq)
+        dk_slc, dv_slc = selected_dkv(*selected, scale=scale)
+    with named("compression, backward"):
+        dk_cmp, dv_cmp = compressed_attention_bwd(
+            do, q, k_cmp, v_cmp, shifted[0], deltas[0], packing, geometry, scale=scale, dq=dq
+        )
     return dq, dk_cmp, dv_cmp, dk_slc, dv_slc, dk_win, dv_win, dgates

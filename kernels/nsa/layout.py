@@ -16,12 +16,14 @@ class Packing:
         may pad it with T to a fixed length.
     doc: int32 [T], each token's document. position: int32 [T], its place in that document, from 0.
     max_seqlen: an upper bound of the documents' lengths, known on the host.
+    even: whether all documents are known to be of max_seqlen tokens.
     """
 
     cu_seqlens: Tensor
     doc: Tensor
     position: Tensor
     max_seqlen: int
+    even: bool = False
 
     @classmethod
     def of(cls, cu_seqlens: Tensor, total_tokens: int, max_seqlen: int) -> Packing:
@@ -30,7 +32,8 @@ class Packing:
             raise ValueError(f"cu_seqlens must be int32 [N + 1], got {cu_seqlens.dtype} {list(cu_seqlens.shape)}")
         token = torch.arange(total_tokens, dtype=torch.int32, device=cu_seqlens.device)
         doc = torch.searchsorted(cu_seqlens, token, right=True, out_int32=True) - 1
-        return cls(cu_seqlens, doc, token - cu_seqlens[doc], max_seqlen)
+        even = (cu_seqlens.numel() - 1) * max_seqlen == total_tokens  # none is longer, so none can be shorter
+        return cls(cu_seqlens, doc, token - cu_seqlens[doc], max_seqlen, even)
 
     @property
     def total_tokens(self) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "attention": ("sieve.scripts.bench_attention", "the attention kernels beside full attention, on a GPU"),
+    "training": ("sieve.scripts.bench_training", "whole training steps, full attention and NSA, by length"),
     "data": ("sieve.scripts.bench_data", "reading tokens beside a plain numpy loop and beside streaming text"),
     "decode": ("sieve.scripts.bench_decode", "one token over a cache, NSA beside full attention, on a GPU"),
     "prepare": ("sieve.scripts.bench_prepare", "sieve prepare beside the tokenizer alone"),

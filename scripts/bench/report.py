@@ -15,7 +15,7 @@ import torch
 
 from sieve.scripts.bench.timing import Ceilings, Timing
 
-PACKAGES = ("torch", "triton", "flash-attn-4", "fla-core", "nvidia-cudnn-cu13")
+PACKAGES = ("torch", "triton", "flash-attn-4", "fla-core", "nvidia-cudnn-cu13", "liger-kernel", "deepspeed")
 
 
 def _git(*arguments: str) -> str:
@@ -39,7 +39,7 @@ def origin(argv: list[str]) -> dict[str, object]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain")),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else f"no GPU, {platform.machine()}",
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "packages": versions,

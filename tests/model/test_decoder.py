@@ -60,11 +60,12 @@ def test_packed_rows_equal_separate_documents(decoder, pack):
     torch.testing.assert_close(packed.token_loss.sum(), packed.ce_sum)
 
 
-def test_checkpointing_is_bit_equal(decoder, pack):
+@pytest.mark.parametrize("mode", ["attention", "block", "full"])
+def test_checkpointing_is_bit_equal(decoder, pack, mode):
     packing, (tokens, labels) = pack(LENGTHS), rows()
     loss = decoder(tokens, labels, packing).loss_sum
     plain = gradients(decoder, loss)
-    decoder.set_activation_checkpointing("block")
+    decoder.set_activation_checkpointing(mode)
     again = decoder(tokens, labels, packing, collect=True)
     assert torch.equal(again.loss_sum, loss)
     for name, grad in gradients(decoder, again.loss_sum).items():
@@ -149,7 +150,7 @@ def test_tied_weights_stay_tied(model, attention, build):
 
 def test_users_mistakes(model, attention, build, pack):
     decoder = build(model(), attention("full"))
-    with pytest.raises(ValueError, match="'blocks' is not one of none, block"):
+    with pytest.raises(ValueError, match="'blocks' is not one of none, attention, block, full"):
         decoder.set_activation_checkpointing("blocks")
     with pytest.raises(ValueError, match="packing lays out 20 tokens"):
         decoder.logits(torch.zeros(1, 21, dtype=torch.int64), pack([20]))

@@ -3,6 +3,7 @@ import logging
 import pytest
 import torch
 
+from sieve.model import loss as loss_module
 from sieve.model.config import LossConfig
 from sieve.model.loss import linear_cross_entropy, resolve_impl
 
@@ -127,3 +128,18 @@ def test_liger_equals_torch(dtype, z_loss, per_token):
     assert (a.token is None) == (b.token is None) == (not per_token)
     for g, o in zip(grads, others):
         assert (g - o).float().norm() < 10 * tolerance * g.float().norm()
+
+
+@pytest.mark.parametrize("compiler", ["none", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("z_loss", [0.0, 0.1])
+def test_the_chunk_that_is_compiled(case, z_loss, compiler, monkeypatch):
+    if compiler == "none":
+        monkeypatch.setattr(loss_module, "_compiled_chunk", lambda: loss_module._chunk_in_one_pass)
+    x, weight, labels = case
+    config = LossConfig(chunk_size=16, z_loss=z_loss, impl="compiled")
+    loss, ce, token = linear_cross_entropy(x, weight, labels, config, per_token=True)
+    wanted = plain(x, weight, labels, z_loss)
+    for got, want in zip((loss, ce, token), wanted):
+        torch.testing.assert_close(got.double(), want, rtol=1e-6, atol=1e-5)
+    for got, want in zip(torch.autograd.grad(loss, (x, weight)), torch.autograd.grad(wanted[0], (x, weight))):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.attention import Attention
 from sieve.model.context import Context
-from sieve.model.health import NAMES
+from sieve.model.health import NAMES, layer_health
 from sieve.model.nsa import NSA, Phi
 from sieve.model.rope import rotate, rotation
 
@@ -94,7 +94,7 @@ def test_against_the_formulas(model, attention, pack, changes):
     with torch.no_grad():
         out, aux = layer(x, context=Context.of(cfg, config, pack(LENGTHS)))
         wanted, chosen = zip(*(by_hand(layer, config, cfg, part) for part in x.split(LENGTHS)))
-    assert aux == {}
+    assert set(aux) == {"gates", "indices"}
     torch.testing.assert_close(out, torch.cat(wanted), rtol=1e-4, atol=1e-5)
     assert sum(len(blocks) < t // 8 + 1 for (t, _), blocks in chosen[0].items()) > 40  # selection did select
 
@@ -140,14 +140,13 @@ def test_collect_reports_health(model, attention, pack):
     x = torch.randn(40, 32)
     packing = pack([40])
     with torch.no_grad():
-        plain, _ = layer(x, context=Context.of(cfg, config, packing))
-        out, aux = layer(x, context=Context.of(cfg, config, packing, collect=True))
-    assert torch.equal(plain, out)
-    assert set(aux["health"]) == {
+        _, aux = layer(x, context=Context.of(cfg, config, packing))
+    health = layer_health(aux["gates"], aux["indices"], packing, layer.geometry, x.device)
+    assert set(health) == {
         "gate_cmp", "gate_slc", "gate_win", "saturated_cmp", "saturated_slc", "saturated_win", "selected_distance",
         "forced_share", "selection_overlap", "selection_entropy", "never_selected",
     }
-    torch.testing.assert_close(aux["health"]["gate_slc"], torch.sigmoid(layer.gate(x)).view(40, 4, 3)[..., 1].mean())
+    torch.testing.assert_close(health["gate_slc"], torch.sigmoid(layer.gate(x)).view(40, 4, 3)[..., 1].mean())
 
 
 def full_twin(layer, model, config):
@@ -163,7 +162,7 @@ def test_up_to_dense_len_it_is_its_full_attention_twin(model, attention, pack, c
     layer = layer_of(cfg, config)
     twin = full_twin(layer, cfg, config)
     x = torch.randn(sum(LENGTHS), 32)
-    context = Context.of(cfg, config, pack(LENGTHS), collect=True)
+    context = Context.of(cfg, config, pack(LENGTHS))
     out, aux = layer(x, context=context)
     want, _ = twin(x, context=context)
     assert torch.equal(out, want)
@@ -172,7 +171,8 @@ def test_up_to_dense_len_it_is_its_full_attention_twin(model, attention, pack, c
     shared = dict(twin.named_parameters())
     for name, p in layer.named_parameters():
         assert torch.equal(p.grad, shared[name].grad if name in shared else torch.zeros_like(p)), name
-    assert set(aux["health"]) == set(NAMES) and all(value.isnan() for value in aux["health"].values())
+    health = layer_health(aux.get("gates"), aux.get("indices"), context.packing, layer.geometry, x.device)
+    assert set(health) == set(NAMES) and all(value.isnan() for value in health.values())
 
 
 def test_one_longer_document_makes_it_sparse(model, attention, pack):

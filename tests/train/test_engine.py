@@ -41,16 +41,21 @@ def decoder() -> Decoder:
     return module
 
 
-def engine_of(place, stage: int, dtype: str, clip: float = 1.0, checkpointing: str = "none") -> Engine:
+def engine_of(
+    place, stage: int, dtype: str, clip: float = 1.0, checkpointing: str = "none", as_on_cuda: bool = False
+) -> Engine:
+    """as_on_cuda: norm, clipping and skipping by ourselves and torch's fused AdamW, which a CPU has, too."""
     module, optim = decoder(), OptimConfig(lr=LR, clip=clip)
     module.set_activation_checkpointing(checkpointing)
     config = deepspeed_config(
-        ZeroConfig(stage=stage), dtype=dtype, clip=clip, global_batch=4, micro_batch=2, world_size=1
+        ZeroConfig(stage=stage), dtype=dtype, clip=clip, global_batch=4, micro_batch=2, world_size=1,
+        cuda=as_on_cuda,
     )
     if stage == 3:  # else parameters as small as these are kept whole
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     initial = partial(initial_value, config=MODEL, seed=0)
-    return Engine(module, adamw(module, optim, place.device), config, place, clip=clip, initial=initial)
+    optimizer = adamw(module, optim, torch.device("cuda") if as_on_cuda else place.device)
+    return Engine(module, optimizer, config, place, clip=clip, initial=initial, on_device=as_on_cuda)
 
 
 def masters(engine: Engine) -> dict[str, torch.Tensor]:
@@ -247,3 +252,26 @@ def test_a_bad_step_touches_nothing(stage, dtype, what, first, one_rank):
     assert all(torch.equal(value, expected[key]) for key, value in state(engine).items())
     engine.close()
     clean.close()
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_clipping_on_the_device_is_deepspeeds(stage, one_rank, monkeypatch):
+    from deepspeed.runtime import bf16_optimizer
+
+    for name in ("is_invalid_grad_norm", "get_global_norm_of_tensors"):
+        monkeypatch.setattr(bf16_optimizer, name, getattr(bf16_optimizer, name))  # put back at the end
+    ours, theirs = (engine_of(one_rank, stage, "bf16", clip=0.3, as_on_cuda=own) for own in (True, False))
+    found, wanted = steps(ours), steps(theirs)
+    assert all(norm > 0.3 for _, norm in wanted), "clipping is not exercised"
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
+    after, expected = (torch.cat([m.flatten() for m in masters(engine).values()]) for engine in (ours, theirs))
+    difference = (after - expected).abs()
+    # Once a weight rounds the other way to bf16, what follows differs where a gradient is next to nothing.
+    assert (difference < 1e-4).float().mean() > 0.99 and difference.max() < LR
+    kept = state(ours)
+    for number in (20, 21):
+        ours.backward(ours.forward(batch(number)).loss_sum * float("nan"))
+    assert not torch.isfinite(ours.update(LR)) and bool(ours.skipped)
+    assert all(torch.equal(value, kept[key]) for key, value in state(ours).items())
+    ours.close()
+    theirs.close()

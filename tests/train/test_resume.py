@@ -85,6 +85,49 @@ def test_two_stops_change_nothing(settings, tiny_text, one_rank, tmp_path, monke
     assert len({row["train/loss"] for row in whole}) == STEPS and whole[-1]["train/loss"] < whole[0]["train/loss"]
 
 
+def test_a_host_that_lags_behind_changes_nothing(tiny_text, one_rank, tmp_path, monkeypatch):
+    """As on a GPU: steps that are not logged are judged one later. With a stop, a crash and a skipped step."""
+    composed = load_config([
+        *tiny_text, "attention=full", f"steps={STEPS}", f"runs_dir={tmp_path}", "log.every=3", "checkpoint.background=false",
+    ])
+
+    def bad_step(patch):
+        original = loop.train_step
+
+        def poisoned(run, engine, *rest):
+            if run.step == 3:  # its loss is read after the step that follows
+                forward = engine.forward
+
+                def once(*args, **kwargs):
+                    engine.forward = forward
+                    out = forward(*args, **kwargs)
+                    return out._replace(loss_sum=out.loss_sum * float("nan"), ce_sum=out.ce_sum * float("nan"))
+
+                engine.forward = once
+            return original(run, engine, *rest)
+
+        patch.setattr(loop, "train_step", poisoned)
+
+    bad_step(monkeypatch)
+    assert run(composed.model_copy(update={"name": "whole"})) == 0
+    ledger = loop.Ledger
+    monkeypatch.setattr(loop, "Ledger", lambda guard, lag: ledger(guard, lag=True))
+    lagging = composed.model_copy(update={"name": "lagging"})
+    with monkeypatch.context() as patch:
+        crash_at(patch, 5)
+        with pytest.raises(Crash):
+            run(lagging)
+    assert list(checkpoints(tmp_path / "lagging")) == [2, 4]
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert run(lagging) == 0
+    assert run(lagging) == 0
+    assert rows(tmp_path / "lagging") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "whole")[-1]["train/skipped"] == 1
+    found = [(tmp_path / name / "skipped.jsonl").read_text() for name in ("lagging", "whole")]
+    assert found[0] == found[1] and '"step": 4' in found[0]
+
+
 def test_a_finished_run_says_so_and_can_be_made_longer(tiny_text, one_rank, tmp_path, capsys):
     command = [*tiny_text, f"runs_dir={tmp_path}", "name=run", "attention=full", "schedule.decay=0"]
     assert main([*command, "steps=3"]) == 0

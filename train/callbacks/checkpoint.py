@@ -26,6 +26,10 @@ class CheckpointConfig(Config):
         300.0, gt=0, description="seconds to wait for an earlier save that still runs; after them this one is left out"
     )
 
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint of `step` is made by the calendar."""
+        return self.every > 0 and step % self.every == 0
+
 
 class SaveFailed(RuntimeError):
     """The state at the end of a run could not be saved."""
@@ -48,7 +52,7 @@ class Checkpoint(Callback):
         if self.saver.pending:
             self._ended(run, self.saver.poll())
         last = run.ending or run.step == run.total_steps
-        due = self.config.every and run.step % self.config.every == 0 or run.save_requested
+        due = self.config.due(run.step) or run.save_requested
         if not (due or last):
             return
         if self.saver.pending and not self._wait(run, None if last else self.config.patience):

@@ -109,7 +109,7 @@ def test_dtypes(packed, impl, dtype, tolerance):
     ({"v": torch.zeros(12, 2, 4).bfloat16()}, "v is torch.bfloat16, q is torch.float32"),
     ({"k": torch.zeros(12, 2, 6, device="meta")}, "k is on meta, q on cpu"),
     ({"window": 0}, "window=0 must be at least 1"),
-    ({"impl": "flash"}, "impl='flash' is not one of auto, varlen, sdpa, reference"),
+    ({"impl": "flash"}, "impl='flash' is not one of auto, varlen, cudnn, sdpa, reference"),
     ({"impl": "varlen"}, "impl='varlen' cannot be had: the tensors are on cpu, it needs cuda"),
 ])
 def test_what_is_refused(packed, change, message):

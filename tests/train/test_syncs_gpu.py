@@ -1,0 +1,35 @@
+"""On a GPU a step that is not logged never waits for it: CUDA itself says so."""
+
+import pytest
+import torch
+
+from sieve.scripts.bench.training_case import Case
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("compiled", ["false", "true"])
+@pytest.mark.parametrize("attention", ["full", "nsa"])
+@pytest.mark.parametrize("zero", ["1", "2"])
+def test_a_step_does_not_wait(attention, zero, compiled, tmp_path):
+    case = Case([
+        "model=small", "model.num_layers=2", f"attention={attention}", f"zero={zero}", "dtype=bf16", "device=cuda",
+        "seq_len=4096", "global_batch=2", "micro_batch=1", "steps=1000", f"runs_dir={tmp_path}", f"compile={compiled}",
+        "loss.impl=compiled", "loss.chunk_size=2048",  # Liger's counts its labels on the host
+    ], 1024, documents=3)
+    try:
+        for _ in range(4):
+            case.step()
+        case.wait()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(3):
+                # Outside of the step itself: the outcome of the step before, which has long been there.
+                outcome = case.launch()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        case.wait()
+        loss, skipped, norm = outcome.read()
+        assert 0 < loss < 10 and not skipped and norm > 0
+    finally:
+        case.close()
