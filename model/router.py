@@ -14,7 +14,8 @@ from sieve.model.config import MoEConfig
 
 class Routes(NamedTuple):
     """experts: int64 [T, k], the score's order, best first. weights: fp32 [T, k], what their outputs are multiplied by.
-    load: fp32 [E], how many tokens each expert got (detached). aux_loss: fp32 scalar (coefficient applied), or None.
+    load: fp32 [E], how many tokens each expert got (detached). aux_loss: fp32 scalar (coefficients applied), load balance
+    and z-loss, or None where neither is asked for.
     """
 
     experts: Tensor
@@ -52,6 +53,8 @@ class Router(nn.Module):
             logits = nn.functional.linear(x.float(), self.weight.float())  # [T, E]
         scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
         wanted = scores.detach() + self.bias if config.balance == "bias" else scores.detach()
+        if config.top_groups < config.num_groups:
+            wanted = self._within_groups(wanted)
         # A stable sort and not topk, which promises no order among equals.
         experts = wanted.sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k]
         weights = scores.gather(-1, experts)
@@ -62,7 +65,25 @@ class Router(nn.Module):
             ones = real.long()[:, None].expand_as(experts).flatten()
         load = torch.zeros(config.num_experts, dtype=torch.int64, device=x.device)
         load = load.scatter_add_(0, experts.flatten(), ones).float()
-        return Routes(experts, weights * config.routed_scale, load, self._aux_loss(scores, load, real))
+        return Routes(experts, weights * config.routed_scale, load, self._penalty(logits, scores, load, real))
+
+    def _within_groups(self, wanted: Tensor) -> Tensor:
+        """wanted [T, E], -inf outside each token's best groups: a group's score is the sum of its two best experts'."""
+        config = self.config
+        groups = wanted.unflatten(-1, (config.num_groups, -1))
+        score = groups.sort(-1, descending=True).values[..., :2].sum(-1)  # [T, groups]
+        best = score.sort(dim=-1, descending=True, stable=True).indices[:, : config.top_groups]
+        kept = torch.zeros_like(score, dtype=torch.bool).scatter(-1, best, True)
+        return groups.masked_fill(~kept[..., None], -math.inf).flatten(-2)
+
+    def _penalty(self, logits: Tensor, scores: Tensor, load: Tensor, real: Tensor | None) -> Tensor | None:
+        balance = self._aux_loss(scores, load, real)
+        if not self.config.z_loss_coef:
+            return balance
+        square = logits.logsumexp(-1).square()
+        mean = square.mean() if real is None else (square * real).sum() / real.sum().clamp(min=1)
+        z_loss = self.config.z_loss_coef * mean
+        return z_loss if balance is None else balance + z_loss
 
     def _aux_loss(self, scores: Tensor, load: Tensor, real: Tensor | None) -> Tensor | None:
         """aux_coef * E * sum of (share of the routes) * (mean normalised score): 1 * aux_coef when balanced.
