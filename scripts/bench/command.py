@@ -9,6 +9,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "attention": ("sieve.scripts.bench_attention", "the attention kernels beside full attention, on a GPU"),
     "data": ("sieve.scripts.bench_data", "reading tokens beside a plain numpy loop and beside streaming text"),
+    "moe": ("sieve.scripts.bench_moe", "the experts' products and whole layer beside a dense one, on a GPU"),
     "prepare": ("sieve.scripts.bench_prepare", "sieve prepare beside the tokenizer alone"),
 }
 

@@ -39,7 +39,7 @@ def origin(argv: list[str]) -> dict[str, object]:
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain")),
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "packages": versions,
