@@ -37,8 +37,9 @@ class MoEConfig(Config):
     """DeepSeekMoE (arXiv 2401.06066): shared experts always run, routed experts by top-k, no token is dropped.
 
     `balance="bias"` is the auxiliary-loss-free rule of arXiv 2408.15664; `"aux"` the sequence-independent
-    load-balance loss of Switch (arXiv 2101.03961) with `aux_coef`. `z_loss_coef` is the router z-loss of ST-MoE (arXiv
-    2202.08906, equation 5), beside either. With `num_groups`, a token's experts come from its best `top_groups` groups
+    load-balance loss of Switch (arXiv 2101.03961) with `aux_coef`; `"both"` the bias beside that loss, as arXiv
+    2412.19437 has it (there by sequence; here over a micro-batch). `z_loss_coef` is the router z-loss of ST-MoE (arXiv
+    2202.08906, equation 5), beside any of them. With `num_groups`, a token's experts come from its best `top_groups` groups
     of neighbouring experts only (arXiv 2412.19437, section 2.1.2): a group is what one node would hold.
     """
 
@@ -50,8 +51,9 @@ class MoEConfig(Config):
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_top_k: bool = True
     routed_scale: float = Field(1.0, gt=0)
-    balance: Literal["bias", "aux", "none"] = "bias"
+    balance: Literal["bias", "aux", "both", "none"] = "bias"
     bias_update_rate: float = Field(1e-3, ge=0)
+    bias_update: Literal["sign", "proportional"] = Field("sign", description="to which side, or by how much of the mean load")
     aux_coef: float = Field(1e-2, ge=0)
     z_loss_coef: float = Field(0.0, ge=0, description="router z-loss: mean square of the logits' log-sum-exp")
     num_groups: int = Field(1, gt=0, description="equal groups of neighbouring experts; 1: no limit")

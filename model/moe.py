@@ -39,8 +39,8 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Shared experts, which every token visits (one SwiGLU as wide as all of them), plus its routed ones.
 
-    x [T, hidden] -> [T, hidden] and {"load": fp32 [E]}, with {"aux_loss": fp32 scalar} when balance="aux" or with a
-    z-loss. real: as Router takes it.
+    x [T, hidden] -> [T, hidden] and {"load": fp32 [E]}, with {"aux_loss": fp32 scalar} when balance="aux" or
+    "both", or with a z-loss. real: as Router takes it.
     """
 
     def __init__(self, hidden: int, config: MoEConfig) -> None:

@@ -27,8 +27,9 @@ class Routes(NamedTuple):
 class Router(nn.Module):
     """Scores of x [T, hidden] in fp32, whatever the module's dtype; ties go to the lower expert.
 
-    balance="bias" (arXiv 2408.15664): an expert is chosen by score + bias and weighed by its score alone; `update_bias`
-    moves the bias of busy experts down, of idle ones up. The bias is a buffer that stays fp32 when the module is cast.
+    balance="bias" or "both" (arXiv 2408.15664): an expert is chosen by score + bias and weighed by its score alone;
+    `update_bias` moves the bias of busy experts down, of idle ones up. The bias is a buffer that stays fp32 when the
+    module is cast.
     """
 
     bias: Tensor
@@ -52,7 +53,7 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x.float(), self.weight.float())  # [T, E]
         scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
-        wanted = scores.detach() + self.bias if config.balance == "bias" else scores.detach()
+        wanted = scores.detach() + self.bias if config.balance in ("bias", "both") else scores.detach()
         if config.top_groups < config.num_groups:
             wanted = self._within_groups(wanted)
         # A stable sort and not topk, which promises no order among equals.
@@ -90,7 +91,7 @@ class Router(nn.Module):
 
         arXiv 2101.03961, equation 4, over all tokens of the micro-batch.
         """
-        if self.config.balance != "aux":
+        if self.config.balance not in ("aux", "both"):
             return None
         share = scores if self.config.score == "softmax" else scores / scores.sum(-1, keepdim=True)
         mean = share.mean(0) if real is None else (share * real[:, None]).sum(0) / real.sum().clamp(min=1)
@@ -98,6 +99,15 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def update_bias(self, load: Tensor) -> None:
-        """One step of arXiv 2408.15664, algorithm 1: load [E] tokens per expert, of a whole global batch."""
+        """One step of arXiv 2408.15664: load [E] tokens per expert, of a whole global batch.
+
+        "sign" is its algorithm 1; "proportional" its variant of section 4.3, by the load's error in units of the mean
+        load: large steps while one expert gets everything, and none when the load is even.
+        """
         load = load.to(self.bias)
-        self.bias += self.config.bias_update_rate * torch.sign(load.mean() - load)
+        error = load.mean() - load
+        if self.config.bias_update == "proportional":
+            error = error / load.mean().clamp(min=1)
+        else:
+            error = torch.sign(error)
+        self.bias += self.config.bias_update_rate * error

@@ -85,6 +85,16 @@ def test_the_bias_balances_a_skewed_router(moe):
     assert before > 2.5 and spread() < 1.15
 
 
+def test_the_proportional_update_by_hand(moe):
+    router = router_of(moe(bias_update="proportional", bias_update_rate=0.1))
+    router.update_bias(torch.tensor([8.0, 4.0, 4.0, 0.0]))
+    torch.testing.assert_close(router.bias, 0.1 * torch.tensor([-1.0, 0.0, 0.0, 1.0]))
+    before = router.bias.clone()
+    for load in (torch.full((4,), 7.0), torch.zeros(4)):  # even, and a step that was skipped
+        router.update_bias(load)
+    assert torch.equal(router.bias, before)
+
+
 def test_aux_loss_by_hand_and_its_gradient(moe):
     router = router_of(moe(balance="aux", score="softmax", aux_coef=0.5))
     x = torch.randn(50, 8)
@@ -147,6 +157,14 @@ def test_z_loss_by_hand_and_its_gradient(moe):
     torch.testing.assert_close(router(x, real).aux_loss, 0.3 * z[:20].mean())
     (grad,) = torch.autograd.grad(router(x).aux_loss, router.weight)
     torch.testing.assert_close(grad, torch.autograd.grad(0.3 * z.mean(), router.weight)[0])
+
+
+def test_both_is_the_bias_and_the_loss(moe):
+    router = router_of(moe(balance="both", aux_coef=0.5))
+    router.bias.copy_(torch.tensor([9.0, 8.0, 0.0, 0.0]))
+    routes = router(torch.randn(50, 8))
+    assert routes.experts.unique().tolist() == [0, 1] and routes.aux_loss > 0
+    assert router_of(moe())(torch.randn(5, 8)).aux_loss is None
 
 
 def test_z_loss_adds_to_the_balance_loss(moe):
