@@ -37,18 +37,24 @@ def rows_tile(columns: int, dtype: torch.dtype) -> Tile:
     """For rows_times_weights: 128 x 256 outputs keep two warpgroups' registers full."""
     if dtype == torch.float32:
         return Tile(TILE, 64, 32, 8, 2)
-    return Tile(TILE, 256 if columns >= 256 else 128, 64, 8, 3 if columns >= 256 else 4)
+    return Tile(TILE, 256, 64, 8, 3) if _fills_256(columns) else Tile(TILE, 128, 64, 8, 4)
 
 
-def weights_tile(dtype: torch.dtype) -> Tile:
+def _fills_256(columns: int) -> bool:
+    """Whether tiles of 256 columns leave less than 128 of them idle."""
+    return columns % 256 == 0 or columns % 256 > 128
+
+
+def weights_tile(columns: int, dtype: torch.dtype) -> Tile:
     """For rows_times_rows; k divides TILE, so that no step crosses into another expert's rows."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, 8, 2)
-    return Tile(128, 256, 64, 8, 4)  # its loads wait for the index: one stage of the four
+    # Loads wait for the index of their row: one stage of the four.
+    return Tile(128, 256, 64, 8, 4) if _fills_256(columns) else Tile(128, 128, 64, 8, 4)
 
 
 @triton.jit
-def _expert_of(ends_ptr, row, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
+def expert_of(ends_ptr, row, EXPERTS: tl.constexpr, WIDTH: tl.constexpr):
     """How many experts end at or before `row`: the number of the one whose row it is."""
     number = tl.arange(0, WIDTH)
     end = tl.load(ends_ptr + number, mask=number < EXPERTS, other=2147483647)
@@ -65,7 +71,7 @@ def _rows(
     first = tl.program_id(0) // columns * BLOCK_M
     if first < tl.load(ends_ptr + EXPERTS - 1):
         n = tl.program_id(0) % columns * BLOCK_N
-        expert = _expert_of(ends_ptr, first, EXPERTS, WIDTH)
+        expert = expert_of(ends_ptr, first, EXPERTS, WIDTH)
         row = first + tl.arange(0, BLOCK_M)
         depth = tl.arange(0, BLOCK_K)
         source = row
@@ -153,7 +159,7 @@ def rows_times_rows(
     a_index or b_index int32 [R]: that side is [T, ...] and its row r is row index[r], 0 where that is T.
     """
     experts, (m, n) = ends.numel(), (a.shape[1], b.shape[1])
-    tile = tile or weights_tile(a.dtype)
+    tile = tile or weights_tile(n, a.dtype)
     a, b = a.contiguous(), b.contiguous()
     tokens = (a if a_index is not None else b).shape[0]
     out = torch.empty(experts, m, n, dtype=a.dtype, device=a.device)

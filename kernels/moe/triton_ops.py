@@ -1,6 +1,6 @@
 """Routed experts as PyTorch operators, one forward and one backward: autograd, torch.compile and activation checkpointing
-see opaque calls of known shapes. `fused`: Triton's grouped products with the gathers in their loads; else torch's
-grouped_mm between Triton's passes."""
+see opaque calls of known shapes. `fused`: Triton's grouped products with the gathers in their loads and SwiGLU in the
+first one's epilogue; else torch's grouped_mm between Triton's passes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import grouped_mm
 
 from sieve.kernels.moe import gemm, reference
+from sieve.kernels.moe.gate_up import gate_up_swiglu
 from sieve.kernels.moe.passes import copy_rows, sum_routes, swiglu, swiglu_backward
 from sieve.kernels.moe.sort import sort_routes
 
@@ -27,8 +28,8 @@ def moe_forward(
     slot, source, scale, ends = sort_routes(experts, weights, gate_up.shape[0], _tile(fused), fill=not fused)
     x = x.contiguous()
     if fused:
-        h = gemm.rows_times_weights(x, gate_up, ends, transposed=True, index=source, rows=source.numel())
-        y = gemm.rows_times_weights(swiglu(h, scale, ends), down, ends, transposed=True)
+        h, inner = gate_up_swiglu(x, gate_up, source, scale, ends)
+        y = gemm.rows_times_weights(inner, down, ends, transposed=True)
     else:
         h = grouped_mm(copy_rows(x, source), gate_up.mT, offs=ends)
         y = grouped_mm(swiglu(h, scale, ends), down.mT, offs=ends)

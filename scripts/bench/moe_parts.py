@@ -93,6 +93,7 @@ def products(sizes: Sizes) -> dict[str, dict[str, Call]]:
     """By product: torch's grouped_mm, ours on rows that lie in order, ours with the gather in its loads where the layer
     has one, and the plain product of the same FLOPs ("plain")."""
     from sieve.kernels.moe import gemm
+    from sieve.kernels.moe.gate_up import gate_up_swiglu
     from sieve.kernels.moe.sort import sort_routes
 
     grouped = torch.nn.functional.grouped_mm
@@ -118,6 +119,7 @@ def products(sizes: Sizes) -> dict[str, dict[str, Call]]:
         "plain": plain(sizes.routes, double, hidden), "torch": lambda: grouped(x["torch"], gate_up.mT, offs=torchs.ends),
         "triton": lambda: gemm.rows_times_weights(x["ours"], gate_up, end, transposed=True),
         "triton, gathers": lambda: gemm.rows_times_weights(few, gate_up, end, transposed=True, index=order, rows=R),
+        "triton, gathers, swiglu": lambda: gate_up_swiglu(few, gate_up, order, ours.scale, end),
     }
     found["down: rows x W^T"] = {
         "plain": plain(sizes.routes, hidden, inner), "torch": lambda: grouped(i["torch"], down.mT, offs=torchs.ends),

@@ -113,7 +113,7 @@ def compile_operator(*shape):
 
 def compile_moe(hidden, size, num_experts, top_k, dtype):
     from sieve.kernels.moe import triton_ops
-    from sieve.kernels.moe.passes import copy_rows
+    from sieve.kernels.moe.passes import copy_rows, swiglu
 
     x = torch.zeros(256, hidden, dtype=dtype)
     gate_up, down = (torch.zeros(num_experts, *s, dtype=dtype) for s in ((2 * size, hidden), (hidden, size)))
@@ -122,6 +122,7 @@ def compile_moe(hidden, size, num_experts, top_k, dtype):
     saved[1] = saved[1] * 0  # launches were compiled, not run: places would be whatever memory held
     triton_ops.moe_backward._init_fn(out, x, gate_up, down, *saved, top_k, True)
     copy_rows(x, saved[2])
+    swiglu(saved[0], *saved[3:])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ def compiled(*shape):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_kernels(shape, dtype):
     kernels = compiled(*shape, dtype)
-    products = [k for k in kernels if k["kernel"].startswith("gemm.")]
+    products = [k for k in kernels if k["kernel"].startswith(("gemm.", "gate_up."))]
     assert len(products) == 6 and len(kernels) == 13
     for kernel in kernels:
         assert kernel["stack"] == 0 and kernel["shared_kb"] <= 227, kernel
