@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from sieve.kernels.moe.api import Impl
+from sieve.kernels.moe.impl import Impl
 from sieve.kernels.nsa.geometry import Geometry
 
 AttentionType = Literal["full", "nsa", "window"]

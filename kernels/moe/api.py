@@ -12,9 +12,9 @@ from torch import Tensor
 from sieve.kernels.common.compiling import constant
 from sieve.kernels.common.log import log_once
 from sieve.kernels.moe import reference
+from sieve.kernels.moe.impl import Impl
 from sieve.kernels.moe.reference import Dispatch, LocalDispatch
 
-Impl = Literal["auto", "torch", "mixed", "triton"]
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 AUTO_ON_CUDA: Impl = "torch"  # until `sieve bench moe` has shown another one to be faster
 LOCAL = LocalDispatch()

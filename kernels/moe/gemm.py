@@ -49,8 +49,8 @@ def weights_tile(columns: int, dtype: torch.dtype) -> Tile:
     """For rows_times_rows; k divides TILE, so that no step crosses into another expert's rows."""
     if dtype == torch.float32:
         return Tile(64, 64, 32, 8, 2)
-    # Loads wait for the index of their row: one stage of the four.
-    return Tile(128, 256, 64, 8, 4) if _fills_256(columns) else Tile(128, 128, 64, 8, 4)
+    # A row's load waits for its index, so that five stages keep three steps' tiles in shared memory.
+    return Tile(128, 256, 64, 8, 5) if _fills_256(columns) else Tile(128, 128, 64, 8, 5)
 
 
 @triton.jit

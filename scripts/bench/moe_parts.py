@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sieve.kernels.moe import reference
-from sieve.kernels.moe.api import Impl, routed_experts
+from sieve.kernels.moe.api import routed_experts
+from sieve.kernels.moe.impl import Impl
 from sieve.model.config import MoEConfig
 from sieve.model.mlp import SwiGLU
 from sieve.model.moe import MoE
