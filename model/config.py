@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sieve.kernels.moe.impl import Impl
 from sieve.kernels.nsa.geometry import Geometry
 
 AttentionType = Literal["full", "nsa", "window"]
@@ -36,7 +37,10 @@ class MoEConfig(Config):
     """DeepSeekMoE (arXiv 2401.06066): shared experts always run, routed experts by top-k, no token is dropped.
 
     `balance="bias"` is the auxiliary-loss-free rule of arXiv 2408.15664; `"aux"` the sequence-independent
-    load-balance loss of Switch (arXiv 2101.03961) with `aux_coef`.
+    load-balance loss of Switch (arXiv 2101.03961) with `aux_coef`; `"both"` the bias beside that loss, as arXiv
+    2412.19437 has it (there by sequence; here over a micro-batch). `z_loss_coef` is the router z-loss of ST-MoE (arXiv
+    2202.08906, equation 5), beside any of them. With `num_groups`, a token's experts come from its best `top_groups` groups
+    of neighbouring experts only (arXiv 2412.19437, section 2.1.2): a group is what one node would hold.
     """
 
     num_experts: int = Field(gt=0)
@@ -47,9 +51,14 @@ class MoEConfig(Config):
     score: Literal["sigmoid", "softmax"] = "sigmoid"
     normalize_top_k: bool = True
     routed_scale: float = Field(1.0, gt=0)
-    balance: Literal["bias", "aux", "none"] = "bias"
+    balance: Literal["bias", "aux", "both", "none"] = "bias"
     bias_update_rate: float = Field(1e-3, ge=0)
+    bias_update: Literal["sign", "proportional"] = Field("sign", description="to which side, or by how much of the mean load")
     aux_coef: float = Field(1e-2, ge=0)
+    z_loss_coef: float = Field(0.0, ge=0, description="router z-loss: mean square of the logits' log-sum-exp")
+    num_groups: int = Field(1, gt=0, description="equal groups of neighbouring experts; 1: no limit")
+    top_groups: int = Field(1, gt=0, description="groups that one token's experts may come from")
+    impl: Impl = Field("auto", description="of the experts' products and copies: see docs/moe.md")
 
     @model_validator(mode="after")
     def _top_k_fits(self) -> MoEConfig:
@@ -59,6 +68,25 @@ class MoEConfig(Config):
             )
         if self.expert_size % 8:
             raise ValueError(_not_eight("expert_size", self.expert_size))
+        return self
+
+    @model_validator(mode="after")
+    def _groups_fit(self) -> MoEConfig:
+        if self.num_experts % self.num_groups:
+            allowed = [n for n in range(1, self.num_experts + 1) if self.num_experts % n == 0]
+            raise ValueError(
+                f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}; it may be one of {allowed}"
+            )
+        if self.top_groups > self.num_groups:
+            raise ValueError(
+                f"top_groups={self.top_groups} is more than num_groups={self.num_groups}; choose top_groups <= num_groups"
+            )
+        reach = self.top_groups * (self.num_experts // self.num_groups)
+        if self.top_k > reach:
+            raise ValueError(
+                f"top_k={self.top_k} is more than the {reach} experts that top_groups={self.top_groups} of "
+                f"num_groups={self.num_groups} groups hold; raise top_groups, or choose top_k <= {reach}"
+            )
         return self
 
 

@@ -203,7 +203,7 @@ class Decoder(nn.Module):
 
         Does nothing for models that do not balance by bias.
         """
-        if self.config.moe is None or self.config.moe.balance != "bias":
+        if self.config.moe is None or self.config.moe.balance not in ("bias", "both"):
             return
         for index, tokens in load.items():
             self.layers[index].mlp.router.update_bias(tokens)

@@ -98,9 +98,13 @@ def config_of(weights: SavedWeights, tokenizer: Encoder | None = None) -> dict[s
     return {
         "model_type": "sieve", "architectures": ["SieveForCausalLM"], "dtype": str(weights.dtype).removeprefix("torch."),
         "vocab_size": weights.layout(SOURCE)[1][0], "max_position_embeddings": run["seq_len"],
-        "tie_word_embeddings": weights.tied, "model": run["model"],
+        "tie_word_embeddings": weights.tied, "model": _any_kernels(run["model"]),
         "attention": run["attention"] | {"impl": "auto"},  # which kernels trained it is no property of the weights
     } | {name: number for name, number in ids.items() if number >= 0}
+
+
+def _any_kernels(model: dict[str, Any]) -> dict[str, Any]:
+    return model | {"moe": model["moe"] | {"impl": "auto"}} if model["moe"] else model
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -36,6 +36,9 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     config = RunConfig.of(saved.manifest["config"])
     # Which kernels trained it does not matter here, and they may not be there.
     config = config.model_copy(update={"attention": config.attention.model_copy(update={"impl": "auto"})})
+    if config.model.moe is not None:
+        moe = config.model.moe.model_copy(update={"impl": "auto"})
+        config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
     corpus = build_corpus(config.data, config.tokenizer)
     with torch.device("meta"):
         decoder = build_model(config, torch.device("meta"), corpus.tokenizer.vocab_size)

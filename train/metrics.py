@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 from collections.abc import Mapping
@@ -61,7 +62,9 @@ def moe_metrics(expert_load: Mapping[int, Tensor], router_bias: Mapping[int, Ten
     """`moe/layer_NN/...` from the tokens routed to each expert ([E] a layer) and the balancing bias ([E] a layer).
 
     load_max: the busiest expert's share over the mean share (1 is even). load_cv: standard deviation over mean
-    (0 is even). bias_norm: L2 norm of the bias. A layer that routed nothing gives no load.
+    (0 is even). entropy: of the experts' shares, over its largest value log E (1 is even, 0 one expert for all).
+    bias_norm: L2 norm of the bias. A layer that routed nothing gives no load. The loads are sums over the micro-batches
+    and ranks of a global batch, so that none of these depends on how it is spread.
     """
     metrics: dict[str, float] = {}
     for layer, load in expert_load.items():
@@ -70,6 +73,9 @@ def moe_metrics(expert_load: Mapping[int, Tensor], router_bias: Mapping[int, Ten
         if mean > 0:
             metrics[f"moe/layer_{layer:02d}/load_max"] = load.max().item() / mean
             metrics[f"moe/layer_{layer:02d}/load_cv"] = load.std(correction=0).item() / mean
+            share = load / load.sum()
+            entropy = -torch.special.xlogy(share, share).sum().item()
+            metrics[f"moe/layer_{layer:02d}/entropy"] = entropy / math.log(len(load)) if len(load) > 1 else 1.0
     for layer, bias in router_bias.items():
         metrics[f"moe/layer_{layer:02d}/bias_norm"] = bias.detach().double().norm().item()
     return metrics

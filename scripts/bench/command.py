@@ -11,6 +11,7 @@ BENCHMARKS = {
     "training": ("sieve.scripts.bench_training", "whole training steps, full attention and NSA, by length"),
     "data": ("sieve.scripts.bench_data", "reading tokens beside a plain numpy loop and beside streaming text"),
     "decode": ("sieve.scripts.bench_decode", "one token over a cache, NSA beside full attention, on a GPU"),
+    "moe": ("sieve.scripts.bench_moe", "the experts' products and whole layer beside a dense one, on a GPU"),
     "prepare": ("sieve.scripts.bench_prepare", "sieve prepare beside the tokenizer alone"),
 }
 

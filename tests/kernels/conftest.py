@@ -1,6 +1,7 @@
-"""What the kernel tests share: the naive loop, and random packed inputs."""
+"""What the kernel tests share: the device they run on, poisoned memory, the naive loop, and random packed inputs."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,6 +9,27 @@ import pytest
 import torch
 
 from sieve.kernels.nsa.layout import Packing
+
+
+@pytest.fixture
+def device():
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Memory from torch.empty and its kin is NaN or the largest integer, so that whatever a kernel leaves out shows."""
+
+    def poisoned(make):
+        def made(*args, **kwargs):
+            x = make(*args, **kwargs)
+            with torch.no_grad():  # it may be a leaf
+                return x.fill_(float("nan") if x.is_floating_point() else torch.iinfo(x.dtype).max)
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,8 @@
 """Compiles kernels for sm_90 without a GPU: what their launchers would launch, and what the compiler made of it.
 
-A program, run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window|operator|decode H HKV DQK DV DTYPE` prints a
-JSON line a kernel. Launchers are called on small CPU tensors, and each launch is compiled instead of run.
+A program, run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window|operator|decode H HKV DQK DV DTYPE`, or
+`moe HIDDEN SIZE EXPERTS TOP_K DTYPE`, prints a JSON line a kernel. Launchers are called on small CPU tensors, and each launch
+is compiled instead of run.
 """
 
 import json
@@ -123,9 +124,24 @@ def compile_operator(*shape):
         autograd.backward(do, *inputs, indices, lse, outputs, packing, geometry, scale=0.1)
 
 
+def compile_moe(hidden, size, num_experts, top_k, dtype):
+    from sieve.kernels.moe import triton_ops
+    from sieve.kernels.moe.passes import copy_rows, swiglu
+
+    x = torch.zeros(256, hidden, dtype=dtype)
+    gate_up, down = (torch.zeros(num_experts, *s, dtype=dtype) for s in ((2 * size, hidden), (hidden, size)))
+    experts = torch.arange(top_k).expand(256, -1)
+    out, *saved = triton_ops.moe_forward._init_fn(x, gate_up, down, torch.zeros(256, top_k), experts, True)
+    saved[1] = saved[1] * 0  # launches were compiled, not run: places would be whatever memory held
+    triton_ops.moe_backward._init_fn(out, x, gate_up, down, *saved, top_k, True)
+    copy_rows(x, saved[2])
+    swiglu(saved[0], *saved[3:])
+
+
 if __name__ == "__main__":
     JITFunction.run = compile_launch
     torch.empty, torch.Tensor.new_empty, torch.empty_like = torch.zeros, torch.Tensor.new_zeros, torch.zeros_like
     part, heads, kv_heads, d_qk, d_v, dtype = sys.argv[1:7]
-    compiler = {"window": compile_window, "operator": compile_operator, "decode": compile_decode}[part]
+    compilers = {"window": compile_window, "operator": compile_operator, "decode": compile_decode, "moe": compile_moe}
+    compiler = compilers[part]
     compiler(int(heads), int(kv_heads), int(d_qk), int(d_v), getattr(torch, dtype))

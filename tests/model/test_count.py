@@ -76,6 +76,16 @@ def test_sizes_of_the_presets(name, total):
     assert count.total == pytest.approx(total, rel=0.02)
 
 
+def test_the_mixture_and_its_dense_twin_have_equal_active_parameters():
+    moe, dense = (
+        count_parameters(shipped("model", name, ModelConfig), AttentionConfig(type="full"), 32768)
+        for name in ("moe-1b", "dense-200m")
+    )
+    assert moe.total == pytest.approx(1.06e9, rel=0.01) and moe.active == pytest.approx(197e6, rel=0.01)
+    assert dense.total == dense.active == moe.active - moe.by_part["router"]
+    assert moe.by_part["router"] < 0.005 * moe.active
+
+
 def test_configs_override_and_do_not_repeat_defaults():
     for group, cls in (("model", ModelConfig), ("attention", AttentionConfig)):
         for path in (CONFIGS / group).glob("*.yaml"):

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from sieve.model.moe import TILE, Experts, MoE, group_by_expert
+from sieve.kernels.moe.reference import TILE, group_by_expert
+from sieve.model.moe import Experts, MoE
 
 
 def moe_of(config, hidden=16, seed=0):

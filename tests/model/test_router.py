@@ -85,6 +85,16 @@ def test_the_bias_balances_a_skewed_router(moe):
     assert before > 2.5 and spread() < 1.15
 
 
+def test_the_proportional_update_by_hand(moe):
+    router = router_of(moe(bias_update="proportional", bias_update_rate=0.1))
+    router.update_bias(torch.tensor([8.0, 4.0, 4.0, 0.0]))
+    torch.testing.assert_close(router.bias, 0.1 * torch.tensor([-1.0, 0.0, 0.0, 1.0]))
+    before = router.bias.clone()
+    for load in (torch.full((4,), 7.0), torch.zeros(4)):  # even, and a step that was skipped
+        router.update_bias(load)
+    assert torch.equal(router.bias, before)
+
+
 def test_aux_loss_by_hand_and_its_gradient(moe):
     router = router_of(moe(balance="aux", score="softmax", aux_coef=0.5))
     x = torch.randn(50, 8)
@@ -103,3 +113,76 @@ def test_balanced_sigmoid_scores_have_the_least_aux_loss(moe):
     even = router(torch.eye(4) + torch.eye(4).roll(1, 0)).aux_loss
     skewed = router(torch.tensor([[1.0, 1, 0, 0]]).expand(4, 4)).aux_loss
     assert even.item() == pytest.approx(1, rel=1e-3) and skewed > 1.3
+
+
+def by_groups(wanted, num_groups, top_groups, top_k):
+    """Token by token: the groups of the largest sums of two, then the largest scores within them."""
+    chosen = []
+    for row in wanted.tolist():
+        size = len(row) // num_groups
+        score = [sum(sorted(row[g * size : (g + 1) * size])[-2:]) for g in range(num_groups)]
+        kept = sorted(range(num_groups), key=lambda g: -score[g])[:top_groups]
+        inside = [e for e in range(len(row)) if e // size in kept]
+        chosen.append(sorted(inside, key=lambda e: -row[e])[:top_k])
+    return chosen
+
+
+@pytest.mark.parametrize("groups, top_groups, top_k", [(4, 2, 3), (8, 3, 6), (2, 1, 8), (16, 5, 4)])
+def test_group_limited_routing_against_a_loop(moe, groups, top_groups, top_k):
+    router = router_of(moe(num_experts=16, num_groups=groups, top_groups=top_groups, top_k=top_k))
+    router.bias.copy_(0.3 * torch.randn(16))
+    x = torch.randn(60, 8)
+    routes = router(x)
+    scores = torch.sigmoid(x @ router.weight.T).detach()
+    assert routes.experts.tolist() == by_groups(scores + router.bias, groups, top_groups, top_k)
+    weights = scores.gather(1, routes.experts)
+    torch.testing.assert_close(routes.weights, weights / weights.sum(1, keepdim=True))
+    free = router_of(moe(num_experts=16, top_k=top_k))
+    free.bias.copy_(router.bias)
+    assert torch.equal(free(x).experts, routes.experts) == (groups == 16)  # groups of one expert: five hold the best four
+
+
+def test_all_groups_are_no_limit(moe):
+    x = torch.randn(40, 8)
+    limited = router_of(moe(num_experts=16, num_groups=4, top_groups=4, top_k=5))
+    assert torch.equal(limited(x).experts, router_of(moe(num_experts=16, top_k=5))(x).experts)
+
+
+def test_z_loss_by_hand_and_its_gradient(moe):
+    router = router_of(moe(z_loss_coef=0.3))
+    x = torch.randn(30, 8)
+    real = torch.arange(30) < 20
+    z = torch.logsumexp(x @ router.weight.T, -1).square()
+    torch.testing.assert_close(router(x).aux_loss, 0.3 * z.mean())
+    torch.testing.assert_close(router(x, real).aux_loss, 0.3 * z[:20].mean())
+    (grad,) = torch.autograd.grad(router(x).aux_loss, router.weight)
+    torch.testing.assert_close(grad, torch.autograd.grad(0.3 * z.mean(), router.weight)[0])
+
+
+def test_both_is_the_bias_and_the_loss(moe):
+    router = router_of(moe(balance="both", aux_coef=0.5))
+    router.bias.copy_(torch.tensor([9.0, 8.0, 0.0, 0.0]))
+    routes = router(torch.randn(50, 8))
+    assert routes.experts.unique().tolist() == [0, 1] and routes.aux_loss > 0
+    assert router_of(moe())(torch.randn(5, 8)).aux_loss is None
+
+
+def test_z_loss_adds_to_the_balance_loss(moe):
+    x = torch.randn(30, 8)
+    both, z, balance = (
+        router_of(moe(**changes))(x).aux_loss
+        for changes in ({"balance": "aux", "z_loss_coef": 0.1}, {"z_loss_coef": 0.1}, {"balance": "aux"})
+    )
+    torch.testing.assert_close(both, z + balance)
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"num_groups": 3}, "num_groups=3 does not divide num_experts=4; it may be one of \\[1, 2, 4\\]"),
+    ({"num_groups": 2, "top_groups": 3}, "top_groups=3 is more than num_groups=2; choose top_groups <= num_groups"),
+    ({"num_groups": 4}, "top_k=2 is more than the 1 experts that top_groups=1 of num_groups=4 groups hold; raise top_groups"),
+    ({"impl": "fast"}, "impl\n.*'auto', 'torch', 'mixed' or 'triton'"),
+    ({"z_loss_coef": -1.0}, "z_loss_coef"),
+], ids=str)  # fmt: skip
+def test_mistakes_name_the_key_and_the_way_out(moe, changes, message):
+    with pytest.raises(ValueError, match=message):
+        moe(**changes)

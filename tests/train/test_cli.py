@@ -50,7 +50,7 @@ def test_starting_the_command_imports_nothing_slow():
 def test_train_help_lists_groups_keys_and_defaults(capsys):
     assert train(["--help"]) == 0
     text = capsys.readouterr().out
-    assert "model=        1b | base | nsa-27b | small | tiny" in text
+    assert "model=        1b | base | dense-200m | moe-1b | nsa-27b | small | tiny" in text
     assert "  attention.topk=16 " in text and "  global_batch=8 " in text and "  optim.betas=[0.9,0.95]" in text
     assert "  model.num_layers=(required)" in text
     assert "attention.layers=null" in text and "full|nsa|window" in text

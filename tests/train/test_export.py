@@ -130,3 +130,11 @@ def test_memory_is_bounded_by_a_shard(save_at, plain_engine, tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) == 22
     print(done.stdout)
     assert int(done.stdout.split()[-1]) < 96 * 1024
+
+
+def test_an_export_forgets_which_kernels_trained_the_experts():
+    from sieve.train.export import _any_kernels
+
+    trained = {"moe": {"top_k": 2, "impl": "triton"}, "name": "a"}
+    assert _any_kernels(trained) == {"moe": {"top_k": 2, "impl": "auto"}, "name": "a"}
+    assert _any_kernels({"moe": None}) == {"moe": None}

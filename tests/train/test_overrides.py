@@ -18,7 +18,8 @@ MISTAKES = [
     ("model.moe.qqqq=1", "model.moe.qqqq=1: unknown key; known are model.moe.num_experts, model.moe.top_k,"),
     ("hydra.job.chdir=true", "Hydra itself takes no settings here"),
     # unknown choices of a group
-    ("model=smal", "model=smal: no such choice; did you mean model=small? there are 1b, base, nsa-27b, small, tiny"),
+    ("model=smal", "model=smal: no such choice; did you mean model=small? "
+     "there are 1b, base, dense-200m, moe-1b, nsa-27b, small, tiny"),
     ("zero=4", "zero=4: no such choice; there are 0, 1, 2, 3"),
     ("attention=nas", "attention=nas: no such choice; did you mean attention=nsa? there are full, nsa, window"),
     ("experiment=foo", "experiment=foo: no such choice; there are books-python-8k-32k, twin-cpu, twin-gpu"),

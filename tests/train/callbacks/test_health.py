@@ -15,6 +15,7 @@ def test_records_get_plain_numbers(make_state) -> None:
     assert record == {
         "step": 1, "nsa/layer_01/gate_cmp": 0.25, "moe/layer_02/load_max": pytest.approx(1.5),
         "moe/layer_02/load_cv": pytest.approx(0.5), "moe/layer_02/bias_norm": pytest.approx(2.0),
+        "moe/layer_02/entropy": pytest.approx(0.811278, abs=1e-6),
     }
     assert all(isinstance(value, (int, float)) for value in record.values())
     Health().step(state, None)
