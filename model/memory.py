@@ -126,7 +126,9 @@ def _moe(model: ModelConfig, T: int, size: int) -> Counter[str]:
     return kept
 
 
-def workspace(model: ModelConfig, attention: AttentionConfig, vocab: int, tokens: int, *, size: int, chunk: int) -> dict[str, int]:
+def workspace(
+    model: ModelConfig, attention: AttentionConfig, vocab: int, tokens: int, *, size: int, chunk: int
+) -> dict[str, int]:
     """Bytes that live only while a part runs, by part: the largest one adds to the peak.
 
     loss: logits of one chunk in fp32 and rounded, and a product of the size of the head's weight. attention: gradients

@@ -61,23 +61,24 @@ def run(config: PlanConfig) -> int:
         )
         print("  " + ", ".join(f"{part} {value / 1e9:.3f}" for part, value in flops.items()))
         fits = False
-        print(f"  {'GB a rank':10} {'mode':6} {'states':>8} {'kept':>8} {'work':>8} {'sum':>8}  longest row, largest micro-batch")
+        names = "".join(f" {name:>8}" for name in ("states", "kept", "work", "sum"))
+        print(f"  {'GB a rank':10} {'mode':6}{names}  longest row, largest micro-batch")
         for stage in (0, 1, 2, 3):
             if stage == 0 and config.dtype == "bf16":
                 continue  # refused: no fp32 masters
             for row in memory(config, stage, phase.seq_len, phase.micro_batch):
                 fits = fits or row["total"] <= config.gpu_memory_gb * GB
-                print(
-                    f"  zero={stage:<5} {row['mode']:6} {row['states'] / GB:8.2f} {row['kept'] / GB:8.2f} {row['work'] / GB:8.2f} "
-                    f"{row['total'] / GB:8.2f}  {row['longest']:,}, {row['batch']:,}"
-                )
+                figures = "".join(f" {row[name] / GB:8.2f}" for name in ("states", "kept", "work", "total"))
+                print(f"  zero={stage:<5} {row['mode']:6}{figures}  {row['longest']:,}, {row['batch']:,}")
         if not fits:
             print(
                 f"  warning: none of these fits into gpu_memory_gb={config.gpu_memory_gb:g}; give more gpus with zero=3, a "
                 "smaller micro_batch or seq_len"
             )
-    print("\nassumptions: Triton's NSA and FlashAttention, one document a row, loss by chunks in PyTorch, no torch.compile; the CUDA "
-          "context, fragmentation and NCCL's buffers are left out. No speed is predicted.")
+    print(
+        "\nassumptions: Triton's NSA and FlashAttention, one document a row, loss by chunks in PyTorch, no torch.compile; "
+        "the CUDA context, fragmentation and NCCL's buffers are left out. No speed is predicted."
+    )
     return 0
 
 
