@@ -6,8 +6,8 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
+from sieve.kernels.moe.reference import TILE, bound_of_rows
 from sieve.model.config import AttentionConfig, ModelConfig
-from sieve.model.moe import TILE
 
 FLOAT = 4  # bytes of fp32
 INDEX = 8  # bytes of int64
@@ -112,7 +112,7 @@ def _nsa(model: ModelConfig, attention: AttentionConfig, T: int, size: int) -> C
 
 def _moe(model: ModelConfig, T: int, size: int) -> Counter[str]:
     moe, hidden = model.moe, model.hidden_size
-    rows = math.ceil((T * moe.top_k + moe.num_experts * TILE) / TILE) * TILE
+    rows = bound_of_rows(T * moe.top_k, moe.num_experts, TILE)
     kept: Counter[str] = Counter()
     # Scores, and the order of all experts, of which the chosen ones are a view.
     kept["router"] += T * moe.num_experts * (FLOAT + INDEX) + T * (2 * moe.top_k + 1) * FLOAT
