@@ -24,7 +24,7 @@ def deepspeed_config(
 
     In bf16 gradients are accumulated and reduced in fp32. gradient_clipping is 0 at stage 0 in fp32, where DeepSpeed
     would clip and not tell the norm: the engine clips there itself. So it does on a GPU (`cuda`) in bf16 at stages 1 and
-    2, where DeepSpeed reads the norm on the host before it clips; see Engine.
+    2, where DeepSpeed reads the norm and whether a gradient is infinite on the host before it clips; see Engine.
     """
     clips = zero.stage > 0 and not (cuda and dtype == "bf16" and zero.stage < 3)
     zero_optimization: dict[str, Any] = {"stage": zero.stage}
@@ -48,7 +48,7 @@ def deepspeed_config(
         "gradient_clipping": clip if clips else 0.0,
         "zero_optimization": zero_optimization,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: DeepSpeed's own would be compiled at start
-        "bf16": {"enabled": dtype == "bf16"},
+        "bf16": {"enabled": dtype == "bf16", "check_grad_overflow": clips},
         "communication_data_type": "fp32",
         "wall_clock_breakdown": False,
     }

@@ -4,8 +4,16 @@ import pytest
 import torch
 
 from sieve.scripts.bench.training_case import Case
+from sieve.train.distributed import Place, process_group
 
 pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture(scope="module", autouse=True)
+def group():
+    """One for all cases: DeepSpeed keeps the groups of the first engine of a process."""
+    with process_group(Place.of("cuda")):
+        yield
 
 
 @pytest.mark.parametrize("compiled", ["false", "true"])
