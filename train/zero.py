@@ -51,6 +51,7 @@ def deepspeed_config(
         "bf16": {"enabled": dtype == "bf16", "check_grad_overflow": clips},
         "communication_data_type": "fp32",
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the GPU at both ends of every micro-batch
     }
     if dtype == "bf16":
         config["data_types"] = {"grad_accum_dtype": "fp32"}
