@@ -108,8 +108,13 @@ def breakdown(trace: Mapping[str, Any]) -> Breakdown:
     kernels = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
     first, last = min(s for s, _ in steps), max(e for _, e in steps)
     if kernels:
-        spans = list(_kernel_spans(kernels, events, ranges))
-        last = max(last, max((end for start, end, *_ in spans if start < last), default=last))
+        launched = {
+            e["args"]["correlation"]: (e["tid"], e["ts"])
+            for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+        }
+        # The host is ahead: its last step ends before the device has computed it.
+        late = [e["ts"] + e["dur"] for e in kernels if _launch(e, launched)[1] < last]
+        spans, last = list(_kernel_spans(kernels, launched, ranges)), max([last, *late])
     else:
         operators = [e for e in events if e.get("cat") == "cpu_op"]
         spans = [
@@ -159,17 +164,18 @@ class _Ranges:
         return [name for start, stop, name in near if start <= moment <= stop]
 
 
-def _kernel_spans(
-    kernels: list[dict], events: list[dict], ranges: _Ranges
-) -> Iterable[tuple[float, float, str, str]]:
+Launches = Mapping[Any, tuple[Any, float]]  # by the number that ties a kernel to its launch: thread and moment
+
+
+def _launch(kernel: dict, launched: Launches) -> tuple[Any, float]:
+    """Thread and moment of its launch; where the profile lost that, no thread and when it ran."""
+    return launched.get(kernel.get("args", {}).get("correlation"), (None, kernel["ts"]))
+
+
+def _kernel_spans(kernels: list[dict], launched: Launches, ranges: _Ranges) -> Iterable[tuple[float, float, str, str]]:
     """Of each kernel, its category by the range that it was launched in, which the launch's number leads to."""
-    launched = {
-        e["args"]["correlation"]: (e["tid"], e["ts"])
-        for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
-    }
     for e in kernels:
-        at = launched.get(e.get("args", {}).get("correlation"))
-        yield e["ts"], e["ts"] + e["dur"], classify(e["name"], ranges.around(*at) if at else ()), e["name"]
+        yield e["ts"], e["ts"] + e["dur"], classify(e["name"], ranges.around(*_launch(e, launched))), e["name"]
 
 
 def _attribute(

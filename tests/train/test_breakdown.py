@@ -67,6 +67,20 @@ def test_a_trace_of_a_gpu():
     assert found.table().splitlines()[-1].split() == ["step", "0.100", "100.0%"]
 
 
+def test_the_last_step_ends_when_the_device_has_computed_it():
+    """The host has launched all of a step at 10 us; what it launches afterwards is not the step's."""
+    events = [event("user_annotation", "sieve::step", 0, 10)]
+    for launched, start, name in ((5, 10, "nvjet_tst"), (6, 40, "nvjet_tst"), (30, 70, "other")):
+        events += [
+            event("cuda_runtime", "cudaLaunchKernel", launched, 1, correlation=launched),
+            event("kernel", name, start, 30, tid=7, correlation=launched),
+        ]
+    found = breakdown({"traceEvents": events})
+    assert found.step_seconds == pytest.approx(70e-6)
+    assert found.parts == pytest.approx({"matmul": 60e-6, "data wait": 0, "idle": 10e-6})
+    assert [kernel[0] for kernel in found.kernels] == ["nvjet_tst"]
+
+
 def test_operators_of_a_cpu_nest():
     events = [
         event("user_annotation", "sieve::step", 0, 100), event("cpu_op", "aten::linear", 10, 50),
