@@ -10,6 +10,7 @@ from sieve.model.cache import FullCache, WindowCache
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.norm import RMSNorm
+from sieve.model.projection import project
 from sieve.model.rope import attention_scale, rotate
 
 # The layer's `impl` names NSA's kernels; this is what the dense kernels call the same wish.
@@ -45,9 +46,10 @@ class Attention(nn.Module):
         self, x: Tensor, *, context: Context, cache: FullCache | WindowCache | None = None
     ) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))), context.rotation)
-        k = rotate(self.k_norm(self.k_proj(x).unflatten(-1, (self.groups, -1))), context.rotation)
-        v = self.v_proj(x).unflatten(-1, (self.groups, -1))
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q = rotate(self.q_norm(q.unflatten(-1, (self.heads, -1))), context.rotation)
+        k = rotate(self.k_norm(k.unflatten(-1, (self.groups, -1))), context.rotation)
+        v = v.unflatten(-1, (self.groups, -1)).contiguous()
         chunk = context.chunk
         stored = None if cache is None else cache.extend(k, v, chunk)
         if stored is None or chunk.fresh:

@@ -198,9 +198,12 @@ class LossConfig(Config):
     """z_loss: coefficient of the squared log-partition (PaLM, arXiv 2204.02311, section 5), added per labelled token.
 
     impl: "torch" (any device), "liger" (liger-kernel's fused Triton kernels, CUDA only) or "compiled" (as torch, a chunk's
-    softmax and slope by torch.compile; unlike liger it never waits for the GPU); "auto" prefers liger.
+    softmax and slope by torch.compile; unlike liger it never waits for the GPU); "auto" is compiled on CUDA, else torch.
     """
 
     z_loss: float = Field(0.0, ge=0)
-    chunk_size: int = Field(1024, gt=0, description="tokens whose logits exist at once (torch and compiled; liger has its own)")
+    chunk_size: int | None = Field(None, gt=0, description=(
+        "tokens whose logits exist at once (torch and compiled; liger has its own); null: 1024 with torch, with compiled so "
+        "many that they are 2^28 logits"
+    ))
     impl: Literal["auto", "torch", "liger", "compiled"] = "auto"

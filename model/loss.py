@@ -39,25 +39,34 @@ def linear_cross_entropy(
         dtype = torch.get_autocast_dtype(x.device.type)
         x, weight = x.to(dtype), weight.to(dtype)
     wants_grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    chunk = _compiled_chunk() if chosen == "compiled" else _chunk
-    loss, token = _LinearCrossEntropy.apply(x, weight, labels, config.z_loss, config.chunk_size, wants_grad, chunk)
+    if not wants_grad:
+        chosen = "torch"  # evaluation has texts of any length, and would compile for each of them
+    body, size = _compiled_chunk() if chosen == "compiled" else _chunk, chunk_size(config, weight.shape[0], chosen)
+    loss, token = _LinearCrossEntropy.apply(x, weight, labels, config.z_loss, size, wants_grad, body)
     return LossSums(loss, token.sum(), token if per_token else None)
+
+
+def chunk_size(config: LossConfig, vocab: int, impl: str) -> int:
+    """Tokens whose logits exist at once, where `impl` is what resolve_impl said."""
+    if config.chunk_size is not None:
+        return config.chunk_size
+    return max(2**28 // vocab, 128) if impl == "compiled" else 1024
 
 
 def resolve_impl(impl: str, device: torch.device) -> Literal["torch", "liger", "compiled"]:
     """Which implementation runs; "auto" logs its choice once. ValueError when liger is asked for and cannot be had."""
-    if impl in ("torch", "compiled"):
-        return impl
-    reason = None
-    if device.type != "cuda":
-        reason = f"the tensors are on {device.type}"
-    elif importlib.util.find_spec("liger_kernel") is None:
-        reason = "the package liger-kernel is not installed"
-    if impl == "liger" and reason is not None:
-        raise ValueError(f"loss.impl='liger' cannot be had: {reason}; use loss.impl='torch' or 'auto'")
     if impl == "auto":
-        log_once(__name__, "cross entropy: liger" if reason is None else f"cross entropy: torch by chunks, since {reason}")
-    return "liger" if reason is None else "torch"
+        impl = "compiled" if device.type == "cuda" else "torch"
+        log_once(__name__, f"cross entropy: {impl}, by chunks, on {device.type}")
+    if impl == "liger":
+        reason = None
+        if device.type != "cuda":
+            reason = f"the tensors are on {device.type}"
+        elif importlib.util.find_spec("liger_kernel") is None:
+            reason = "the package liger-kernel is not installed"
+        if reason is not None:
+            raise ValueError(f"loss.impl='liger' cannot be had: {reason}; use loss.impl='torch' or 'auto'")
+    return impl
 
 
 def _chunk(

@@ -21,6 +21,7 @@ from sieve.model.chunk import Chunk
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.norm import RMSNorm
+from sieve.model.projection import project
 from sieve.model.rope import attention_scale, rotate
 
 
@@ -103,17 +104,22 @@ class NSA(nn.Module):
 
     def forward(self, x: Tensor, *, context: Context, cache: NSACache | None = None) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
-        q = rotate(self.q_norm(self.q_proj(x).unflatten(-1, (self.heads, -1))), context.rotation)
-        k, v = self._split(self.k_proj(x)), self._split(self.v_proj(x))
+        dense = context.dense and cache is None
+        branches = (self.k_cmp_proj, self.v_cmp_proj, self.k_win_proj, self.v_win_proj) if not self.share_kv else ()
+        q, k, v, *others = project(
+            x, self.q_proj, self.k_proj, self.v_proj, *(() if dense else (*branches, self.gate))
+        )
+        q = rotate(self.q_norm(q.unflatten(-1, (self.heads, -1))), context.rotation)
+        k, v = self._split(k), self._split(v).contiguous()
         k_slc = rotate(self.k_norm(k), context.rotation)
-        if context.dense and cache is None:
+        if dense:
             return self._dense(q, k_slc, v, context)
+        gates = others.pop().sigmoid().unflatten(-1, (self.heads, 3))
         if self.share_kv:
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
         else:
-            k_cmp, v_cmp = self._split(self.k_cmp_proj(x)), self._split(self.v_cmp_proj(x))
-            k_win = rotate(self.k_win_norm(self._split(self.k_win_proj(x))), context.rotation)
-            v_win = self._split(self.v_win_proj(x))
+            k_cmp, v_cmp, k_win, v_win = map(self._split, others)
+            k_win, v_win = rotate(self.k_win_norm(k_win), context.rotation), v_win.contiguous()
         chunk = context.chunk
         if cache is not None:
             cache.append(k_slc, v, chunk)
@@ -122,7 +128,6 @@ class NSA(nn.Module):
         if context.slot_rotation is not None:
             k_cmp = rotate(k_cmp, context.slot_rotation)
         v_cmp = self.v_phi(v_cmp, context.slots)
-        gates = self.gate(x).sigmoid().unflatten(-1, (self.heads, 3))
         if cache is not None:
             cache.compressed(k_cmp, v_cmp, chunk)
             if context.dense:  # all is stored nevertheless, for when the sequences have grown

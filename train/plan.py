@@ -86,6 +86,7 @@ def memory(config: PlanConfig, stage: int, seq_len: int, micro_batch: int) -> li
     """A row for each mode of activation checkpointing, in bytes: states, kept, work, total; longest (tokens of a row at
     micro-batch 1) and batch (rows of seq_len), the largest powers of two that fit, 0 for none."""
     from sieve.model.count import count_parameters
+    from sieve.model.loss import chunk_size
     from sieve.model.memory import KEEP, activations, states, workspace
 
     vocab, size = config.tokenizer.vocab_size, 2 if config.dtype == "bf16" else 4
@@ -96,7 +97,7 @@ def memory(config: PlanConfig, stage: int, seq_len: int, micro_batch: int) -> li
         need = config.model, config.attention, vocab, tokens
         kept = activations(*need, size=size, mode=mode, longest=longest)
         again = 0 if mode == "none" else kept.largest_layer
-        return kept.total, again + max(workspace(*need, size=size, chunk=config.loss.chunk_size).values())
+        return kept.total, again + max(workspace(*need, size=size, chunk=chunk_size(config.loss, vocab, "compiled")).values())
 
     def largest(mode: str, tokens_of) -> int:
         found, n = 0, 1

@@ -70,6 +70,33 @@ def _shifted_sum(y: Tensor) -> Tensor:
     return total
 
 
+class _Chunks(torch.autograd.Function):
+    """x [T, Hkv, D] -> the tokens of each slot's chunk [Hkv, C * d, D].
+
+    A token is in one chunk at most, so that the gradient is a gather too; autograd's own would be a sum with atomics.
+    What a slot without a chunk of its own holds has no gradient: no block has part in it.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, start: Tensor, has_chunk: Tensor, d: int) -> Tensor:
+        T = x.shape[0]
+        token = (start[:, None] + torch.arange(d, device=x.device)).clamp_(max=max(T - 1, 0))
+        ctx.save_for_backward(token, has_chunk)
+        ctx.tokens = T
+        return x.transpose(0, 1).index_select(1, token.flatten())
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (token, has_chunk), T = ctx.saved_tensors, ctx.tokens
+        if not token.numel():
+            return grad.new_zeros(T, grad.shape[0], grad.shape[2]), None, None, None
+        rows = torch.arange(token.numel(), device=token.device).view_as(token)
+        place = torch.full((T + 1,), -1, device=token.device)  # one more for what belongs nowhere
+        place = place.scatter(0, torch.where(has_chunk[:, None], token, T).flatten(), rows.flatten())[:T]
+        found = grad.index_select(1, place.clamp(min=0)).transpose(0, 1)
+        return torch.where((place >= 0)[:, None, None], found, 0.0), None, None, None
+
+
 def compress(x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: PhiWeights) -> Tensor:
     """x [T, Hkv, D] packed, before RoPE -> [C, Hkv, D] in slots; 0 in slots that hold no block.
 
@@ -77,10 +104,9 @@ def compress(x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: Phi
     No gradient passes between documents. Raises ValueError when a weight's shape does not fit.
     """
     _check(x, slots, geometry, weights)
-    (T, Hkv, D), l, d = x.shape, geometry.kernel_size, geometry.kernel_stride
+    (_, Hkv, D), l, d = x.shape, geometry.kernel_size, geometry.kernel_stride
     C, parts = slots.start.numel(), l // d
-    token = (slots.start[:, None] + torch.arange(d, device=x.device)).clamp_(max=max(T - 1, 0))
-    chunks = x.transpose(0, 1).index_select(1, token.flatten())  # [Hkv, C * d, D]
+    chunks = _Chunks.apply(x, slots.start, slots.chunk, d)  # [Hkv, C * d, D]
     if weights.kind == "mean":
         sums = chunks.view(Hkv, C, 1, d, D).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
         out = (_shifted_sum(sums.expand(-1, -1, parts, -1)) / l).to(x.dtype)

@@ -5,7 +5,7 @@ import torch
 
 from sieve.model import loss as loss_module
 from sieve.model.config import LossConfig
-from sieve.model.loss import linear_cross_entropy, resolve_impl
+from sieve.model.loss import chunk_size, linear_cross_entropy, resolve_impl
 
 T, D, V = 50, 12, 37
 
@@ -102,6 +102,14 @@ def test_an_explicit_choice_that_cannot_be_had_raises(case, caplog):
     assert resolve_impl("torch", torch.device("cuda")) == "torch"
     with caplog.at_level(logging.INFO):
         assert resolve_impl("auto", torch.device("cpu")) == "torch"
+    assert resolve_impl("auto", torch.device("cuda")) == "compiled"
+
+
+def test_the_chunk_follows_from_implementation_and_vocabulary():
+    assert chunk_size(LossConfig(), 32768, "torch") == 1024
+    assert chunk_size(LossConfig(), 32768, "compiled") == 8192
+    assert chunk_size(LossConfig(), 2**28, "compiled") == 128
+    assert chunk_size(LossConfig(chunk_size=7), 32768, "compiled") == 7
 
 
 @pytest.mark.gpu
