@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
@@ -15,6 +19,8 @@ from torch import Tensor
 from sieve.model.config import ModelConfig
 from sieve.model.decoder import Decoder
 from sieve.model.router import Router
+
+AHEAD = 2**28  # numbers that are drawn before somebody takes them: 1 GB
 
 
 @torch.no_grad()
@@ -25,11 +31,31 @@ def initialize(model: Decoder, seed: int) -> None:
     experts' down) have it divided by sqrt(2 * num_layers), so that the stream's variance does not grow with depth;
     norms are 1; phi starts as in `_deviation`. A tied head has no draw of its own.
     """
-    for name, parameter in model.named_parameters():
-        parameter.copy_(initial_value(name, parameter.shape, model.config, seed))
+    names = ((name, parameter.shape) for name, parameter in model.named_parameters())
+    values = drawn(names, lambda name, shape: initial_value(name, shape, model.config, seed))
+    for parameter, value in zip(model.parameters(), values):
+        parameter.copy_(value)
     for module in model.modules():
         if isinstance(module, Router):
             module.bias.zero_()
+
+
+def drawn(
+    names: Iterable[tuple[str, torch.Size]], value: Callable[[str, torch.Size], Tensor]
+) -> Iterator[Tensor]:
+    """`value` of each name and shape, in their order, made by several threads ahead of who takes them.
+
+    A generator draws on one core, some seconds for each billion numbers.
+    """
+    workers = min(os.cpu_count() or 1, 16)
+    ahead: deque[tuple[int, Future[Tensor]]] = deque()
+    with ThreadPoolExecutor(workers, thread_name_prefix="init") as pool:
+        for name, shape in names:
+            while ahead and (len(ahead) >= 2 * workers or shape.numel() + sum(n for n, _ in ahead) > AHEAD):
+                yield ahead.popleft()[1].result()
+            ahead.append((shape.numel(), pool.submit(value, name, shape)))
+        while ahead:
+            yield ahead.popleft()[1].result()
 
 
 def initial_value(name: str, shape: torch.Size, config: ModelConfig, seed: int) -> Tensor:

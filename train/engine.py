@@ -20,6 +20,7 @@ from sieve.data.packing import Batch
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.config import RopeConfig
 from sieve.model.decoder import Decoder, DecoderOutput
+from sieve.model.init import drawn
 from sieve.train import partition
 from sieve.train.distributed import Place, sum_over_ranks
 from sieve.train.partition import Piece
@@ -32,7 +33,8 @@ class Engine:
     module: in fp32, on any device; it moves to place.device and, in bf16, is cast there. optimizer: over its
         parameters. config: of sieve.train.zero.deepspeed_config. clip: largest gradient norm, 0 for none.
     skipped: whether the last update was, a bool scalar on the device.
-    initial: the fp32 values of the parameter of a name and shape, to which bf16 training sets its master weights.
+    initial: the fp32 values of the parameter of a name and shape, to which bf16 training sets its master weights; it is
+        called from several threads.
         DeepSpeed would take them from the parameters after rounding them to bf16.
     ropes: the model's rotary embedding in each phase; none: the module's own.
     on_device: clip and skip by scalars that AdamW's fused kernel reads, so that the host never waits for the norm; in bf16
@@ -65,9 +67,10 @@ class Engine:
     def _set_masters(self, initial: Callable[[str, torch.Size], Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param
 
-        for name, parameter in self.module.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves an empty tensor behind
-            safe_set_full_fp32_param(parameter, initial(name, shape).to(self._place.device))
+        # ZeRO-3 leaves an empty tensor behind.
+        names = ((name, getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in self.module.named_parameters())
+        for parameter, value in zip(self.module.parameters(), drawn(names, initial)):
+            safe_set_full_fp32_param(parameter, value.to(self._place.device))
 
     def enter(self, phase: int, micro_batches: int | None = None) -> None:
         """What follows belongs to `phase`; micro_batches: how many this rank's next step has."""

@@ -3,8 +3,9 @@ import math
 import pytest
 import torch
 
+from sieve.model import init
 from sieve.model.decoder import Decoder
-from sieve.model.init import initialize
+from sieve.model.init import drawn, initialize
 
 
 def test_twins_share_every_weight_of_equal_name_and_shape(model, attention, build):
@@ -73,3 +74,28 @@ def test_the_residual_stream_starts_calm(model, attention, build, pack):
     with torch.no_grad():
         loss = decoder(tokens, tokens.roll(1), pack([120])).ce_sum / 120
     assert loss == pytest.approx(math.log(61), abs=0.1)
+
+
+@pytest.mark.parametrize("ahead", [1, 10, 2**28])
+def test_values_are_drawn_ahead_in_their_order(ahead, monkeypatch):
+    monkeypatch.setattr(init, "AHEAD", ahead)
+    made = []
+
+    def value(name, shape):
+        made.append(name)
+        return torch.full(shape, float(name))
+
+    taken = []
+    for found in drawn(((str(i), torch.Size([i % 3, 4])) for i in range(100)), value):
+        taken.append(found.flatten()[0].item() if found.numel() else None)
+        waiting = [int(name) % 3 * 4 for name in made if int(name) >= len(taken)]
+        assert sum(waiting) <= max(ahead, 8)
+    assert taken == [float(i) if i % 3 else None for i in range(100)]
+
+
+def test_what_goes_wrong_in_a_thread_is_raised():
+    def value(name, shape):
+        raise ValueError(f"{name} has no value")
+
+    with pytest.raises(ValueError, match="a has no value"):
+        list(drawn([("a", torch.Size([1]))], value))
