@@ -105,20 +105,22 @@ class NSA(nn.Module):
     def forward(self, x: Tensor, *, context: Context, cache: NSACache | None = None) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
         dense = context.dense and cache is None
-        branches = (self.k_cmp_proj, self.v_cmp_proj, self.k_win_proj, self.v_win_proj) if not self.share_kv else ()
-        q, k, v, *others = project(
-            x, self.q_proj, self.k_proj, self.v_proj, *(() if dense else (*branches, self.gate))
-        )
+        layers = [self.q_proj, self.k_proj, self.v_proj]
+        if not dense:
+            layers.append(self.gate)
+            if not self.share_kv:
+                layers += [self.k_cmp_proj, self.v_cmp_proj, self.k_win_proj, self.v_win_proj]
+        q, k, v, *others = project(x, *layers)
         q = rotate(self.q_norm(q.unflatten(-1, (self.heads, -1))), context.rotation)
         k, v = self._split(k), self._split(v).contiguous()
         k_slc = rotate(self.k_norm(k), context.rotation)
         if dense:
             return self._dense(q, k_slc, v, context)
-        gates = others.pop().sigmoid().unflatten(-1, (self.heads, 3))
+        gates = others[0].sigmoid().unflatten(-1, (self.heads, 3))
         if self.share_kv:
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
         else:
-            k_cmp, v_cmp, k_win, v_win = map(self._split, others)
+            k_cmp, v_cmp, k_win, v_win = (self._split(other) for other in others[1:])
             k_win, v_win = rotate(self.k_win_norm(k_win), context.rotation), v_win.contiguous()
         chunk = context.chunk
         if cache is not None:

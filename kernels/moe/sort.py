@@ -38,12 +38,12 @@ def _count(experts_ptr, count_ptr, routes, experts, WIDTH: tl.constexpr, CHUNK: 
     expert = tl.load(experts_ptr + at, mask=at < routes, other=-1).to(tl.int32)
     number = tl.arange(0, WIDTH)
     count = tl.sum((expert[:, None] == number[None, :]).to(tl.int32), 0)
-    tl.store(count_ptr + chunk * experts + number, count, mask=number < experts)
+    tl.store(count_ptr + number * tl.num_programs(0) + chunk, count, mask=number < experts)
 
 
 @triton.jit(do_not_specialize=["routes"])
 def _place(
-    experts_ptr, weights_ptr, begin_ptr, slot_ptr, source_ptr, scale_ptr, routes, experts,
+    experts_ptr, weights_ptr, begin_ptr, slot_ptr, source_ptr, scale_ptr, routes,
     TOP_K: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -53,7 +53,7 @@ def _place(
     expert = tl.load(experts_ptr + at, mask=ok, other=0).to(tl.int32)
     others = tl.load(experts_ptr + at, mask=ok, other=-1).to(tl.int32)  # the same, but past the end equal to none
     before = (expert[:, None] == others[None, :]) & (local[:, None] > local[None, :])
-    place = tl.load(begin_ptr + chunk * experts + expert, mask=ok, other=0) + tl.sum(before.to(tl.int32), 1)
+    place = tl.load(begin_ptr + expert * tl.num_programs(0) + chunk, mask=ok, other=0) + tl.sum(before.to(tl.int32), 1)
     tl.store(slot_ptr + at, place, mask=ok)
     tl.store(source_ptr + place, at // TOP_K, mask=ok)
     tl.store(scale_ptr + place, tl.load(weights_ptr + at, mask=ok, other=0.0).to(tl.float32), mask=ok)
@@ -68,18 +68,19 @@ def sort_routes(experts: Tensor, weights: Tensor, num_experts: int, tile: int, *
     routes, rows = T * k, bound_of_rows(T * k, num_experts, tile)
     experts, weights = experts.contiguous(), weights.contiguous()
     chunks = triton.cdiv(routes, CHUNK)
-    count = torch.empty(chunks, num_experts, dtype=torch.int32, device=device)
+    # Experts are the rows: sums along rows are made by many threads, sums down columns by one each.
+    count = torch.empty(num_experts, chunks, dtype=torch.int32, device=device)
     slot = torch.empty(routes, dtype=torch.int32, device=device)
     source = torch.full((rows,), T, dtype=torch.int32, device=device)
     scale = torch.zeros(rows, dtype=torch.float32, device=device)
     width = triton.next_power_of_2(num_experts)
     _count[(chunks,)](experts, count, routes, num_experts, WIDTH=width, CHUNK=CHUNK)
-    upto = count.cumsum(0, dtype=torch.int32)
-    padded = (upto[-1].clamp(min=1) + tile - 1) // tile * tile
+    upto = count.cumsum(1, dtype=torch.int32)
+    padded = (upto[:, -1].clamp(min=1) + tile - 1) // tile * tile
     ends = padded.cumsum(0, dtype=torch.int32)
-    begin = upto - count + (ends - padded)
+    begin = upto - count + (ends - padded)[:, None]
     _place[(chunks,)](
-        experts, weights, begin, slot, source, scale, routes, num_experts, TOP_K=k, CHUNK=CHUNK
+        experts, weights, begin, slot, source, scale, routes, TOP_K=k, CHUNK=CHUNK
     )
     if fill:
         ends[-1].fill_(rows)
