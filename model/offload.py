@@ -1,7 +1,7 @@
 """Layers' inputs in the host's memory between forward and backward, copied beside the computation.
 
 The mechanism is torch's saved-tensor hooks, as in torch.autograd.graph.save_on_cpu; that an input is fetched one layer ahead
-of its use is from torchtune's OffloadActivations (https://github.com/meta-pytorch/torchtune, training/_activation_offloading.py).
+of its use is from OffloadActivations of torchtune (https://github.com/meta-pytorch/torchtune).
 """
 
 from __future__ import annotations
