@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from sieve.kernels.common.launch import multiprocessors
 from sieve.kernels.common.split_keys import Tile, decode_tile
-from sieve.kernels.nsa.compress_tiles import multiprocessors
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.scripts.bench.cases import Shape
 from sieve.scripts.bench.decode_cases import Call, cache_entries, draw, entry_bytes, ours, rival

@@ -5,6 +5,7 @@ A program, run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window
 is compiled instead of run.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -59,7 +60,7 @@ def resources(kernel) -> dict:
 
 
 def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs):
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
+    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if k in kwargs}
     values = dict(zip(function.arg_names, args)) | kwargs
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
@@ -102,17 +103,20 @@ def compile_window(*shape):
     window_dkv(do, q, k, v, lse, lse, packing, 512, scale=0.1)
 
 
-def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
+def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536, batch=8):
     from sieve.kernels.full import decode_triton as full_decode
     from sieve.kernels.nsa import decode_triton
+    from sieve.kernels.nsa.decode_tiles import DecodeTiles
     from sieve.kernels.nsa.geometry import Geometry
 
     geometry = Geometry(32, 16, 64, 16, 1, 2, 512)
-    shapes = [(1, 1, heads, d_qk)] + [(1, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
-    tensors = [torch.zeros(s, dtype=dtype) for s in (*shapes, (1, 1, heads, 3))]
-    query, key = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 512, dtype=torch.int32)
-    decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, programs=264)
-    full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264)
+    shapes = [(batch, 1, heads, d_qk)] + [(batch, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
+    tensors = [torch.zeros(s, dtype=dtype) for s in (*shapes, (batch, 1, heads, 3))]
+    query, key = torch.zeros(batch, 1, dtype=torch.int32), torch.zeros(batch, 512, dtype=torch.int32)
+    tiles = DecodeTiles.of(heads // kv_heads, d_qk, d_v, dtype, torch.device("cpu"))
+    tiles = dataclasses.replace(tiles, programs=264, select_programs=264, overlap=True)
+    decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, tiles=tiles)
+    full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264, overlap=True)
 
 
 def compile_operator(*shape):

@@ -1,6 +1,7 @@
 """The decode kernels against the decode reference in float64: lengths around every boundary, mixed, any heads."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("triton")
 
 from sieve.kernels.nsa import decode_reference  # noqa: E402
 from sieve.kernels.nsa.decode import nsa_decode as decode  # noqa: E402
+from sieve.kernels.nsa.decode_tiles import DecodeTiles  # noqa: E402
 from sieve.kernels.nsa.decode_triton import nsa_decode  # noqa: E402
 from sieve.kernels.nsa.geometry import Geometry  # noqa: E402
 
@@ -44,10 +46,14 @@ def draw(lengths, geometry, heads=4, groups=2, d_qk=32, d_v=32, dtype=torch.floa
     return case
 
 
-def ours(case, **options):
-    options = {"programs": 3 * case.q.shape[0] * case.kv[0].shape[1]} | options  # three parts of each branch
+def ours(case, programs=None, share=16):
+    """By default in three parts of each branch, and shares of 16 blocks."""
+    heads, d_qk, (_, groups, _, d_v) = case.q.shape[2], case.q.shape[3], case.kv[3].shape
+    programs = programs or 3 * case.q.shape[0] * groups
+    tiles = DecodeTiles.of(heads // groups, d_qk, d_v, case.q.dtype, case.q.device)
+    tiles = replace(tiles, programs=programs, select_programs=programs, share=share)
     return nsa_decode(case.q, *case.kv, case.gates, case.query, case.window_key, case.longest, case.geometry,
-                      scale=case.scale, **options)  # fmt: skip
+                      scale=case.scale, tiles=tiles)  # fmt: skip
 
 
 def reference(case, dtype=torch.float64):
