@@ -10,7 +10,7 @@ from sieve.kernels.common.launch import can_overlap, multiprocessors
 from sieve.kernels.common.split_keys import Tile, decode_tile
 
 MOST_SHARE = 256  # blocks that one program can compare with one another in registers
-WEIGHED = 8192  # scores that one program holds
+WEIGHED = 1024  # scores that one warp holds
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,15 @@ class DecodeTiles:
 
 def share_of(blocks: int, kept: int) -> int:
     """About sqrt(blocks * kept): as many blocks to compare in a share as there are then left of all shares."""
-    return min(MOST_SHARE, max(16, 1 << (blocks * kept).bit_length() // 2))
+    return min(MOST_SHARE, max(16, 1 << ((blocks * kept).bit_length() - 1) // 2))
 
 
-def heads_weighed(group: int, slots: int) -> int:
-    """How many heads of a group a program weighs at once, a power of two, when its share has `slots` scores a head."""
+def weigh_options(share: int) -> dict[str, int]:
+    """Of a launch whose programs weigh `share` blocks: with 80 registers three of eight warps fit on a multiprocessor."""
+    return {"num_warps": 8 if share <= 128 else 16, "maxnreg": 80}
+
+
+def heads_weighed(group: int, share: int, slots: int) -> int:
+    """How many heads of a group a program weighs at once, a power of two, when each block of its share has `slots` scores."""
     padded = 1 << (group - 1).bit_length()
-    return max(1, min(padded, WEIGHED // slots))
+    return max(1, min(padded, weigh_options(share)["num_warps"] * WEIGHED // (share * slots)))

@@ -25,11 +25,11 @@ from sieve.kernels.common.launch import overlap_options, unit_stride
 from sieve.kernels.common.split_keys import heads_together, parts_of
 from sieve.kernels.nsa.decode_compress import compress_and_window
 from sieve.kernels.nsa.decode_select import finish, select
-from sieve.kernels.nsa.decode_tiles import DecodeTiles, heads_weighed, share_of
+from sieve.kernels.nsa.decode_tiles import DecodeTiles, heads_weighed, share_of, weigh_options
 from sieve.kernels.nsa.decode_weigh import weigh_and_merge
 from sieve.kernels.nsa.geometry import Geometry
 
-COMPARED = 16384  # pairs of candidates that a program compares at once
+COMPARED = 16384  # pairs of blocks that a program compares at once, a quarter where it holds the scores too
 
 
 class Launches(NamedTuple):
@@ -111,8 +111,9 @@ def launches(
         weigh_and_merge[(pairs * shares + triton.cdiv(B * H, together),)](
             query, score, o_first, stat_first, gates, rank, block, mix, slots, pairs, INIT=geometry.init_blocks,
             LOCAL=geometry.local_blocks, A_PADDED=a_padded, B_PADDED=b_padded, SHARE=share, SHARES=shares, KEPT=kept,
-            STEP=heads_weighed(group, share * a_padded), CMP=cmp, CMP_PADDED=padded[cmp], WIN=win, WIN_PADDED=padded[win],
-            HEADS=together, num_warps=8, **shape, **kernel, **wide, **every,
+            CHUNK=min(share, COMPARED // (4 * share)), STEP=heads_weighed(group, share, a_padded), CMP=cmp,
+            CMP_PADDED=padded[cmp], WIN=win, WIN_PADDED=padded[win], HEADS=together, **shape, **kernel, **wide, **every,
+            **weigh_options(share),
         )  # fmt: skip
 
     def selection() -> None:

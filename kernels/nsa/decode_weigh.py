@@ -44,11 +44,13 @@ def _importance(
     own = tl.zeros([SHARE * A_PADDED], tl.float32)
     before = tl.zeros([SHARE * B_PADDED], tl.float32)
     part = tl.arange(0, CMP_PADDED)[None, :]
+    # What lies past `seen` is read and dropped: a mask that may end anywhere would make wide loads narrow ones.
     for first in tl.static_range(0, GROUP, STEP):
         head = first + tl.arange(0, STEP)
         ok = (head < GROUP)[:, None]
         s_at = score_ptr + ((first_head + head).to(tl.int64) * slots)[:, None]
-        s = tl.load(s_at + own_slot[None, :], mask=ok & own_live[None, :], other=float("-inf"))
+        s = tl.load(s_at + own_slot[None, :], mask=ok & (own_slot < slots)[None, :], other=float("-inf"))
+        s = tl.where(own_live[None, :], s, float("-inf"))
         if B > 1:
             t = tl.load(s_at + before_slot[None, :], mask=ok & before_live[None, :], other=float("-inf"))
         at = stat_ptr + 2 * ((first_head + head).to(tl.int64)[:, None] * PARTS + part)
@@ -69,12 +71,12 @@ def _importance(
     return found
 
 
-@triton.jit(do_not_specialize=["slots", "pairs"])
+@triton.jit(do_not_specialize=["pairs"])
 def weigh_and_merge(
     query_ptr, score_ptr, o_ptr, stat_ptr, gate_ptr, rank_ptr, block_ptr, mix_ptr, slots, pairs,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, A_PADDED: tl.constexpr, B_PADDED: tl.constexpr,
-    SHARE: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr,
+    SHARE: tl.constexpr, CHUNK: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr,
     CMP: tl.constexpr, CMP_PADDED: tl.constexpr, WIN: tl.constexpr, WIN_PADDED: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -102,10 +104,18 @@ def weigh_and_merge(
             forced = (block < INIT) | (block > current - LOCAL)
             rank = tl.where(forced, FORCED, importance.to(tl.int32, bitcast=True))
             rank = tl.where(block <= current, rank, -1)
-            kept = ahead_of(rank, block, rank, block) < KEPT
+            # Gathered, since tensors as `_importance` leaves them would be compared with a row in each thread: few rows
+            # a thread, and few at a time, are what its registers hold.
+            local = tl.arange(0, SHARE)
+            mine = tl.gather(rank, local, 0)
+            ahead = tl.zeros([SHARE], tl.int32)
+            for begin in tl.static_range(0, SHARE, CHUNK):
+                other = begin + tl.arange(0, CHUNK)
+                ahead += ahead_of(tl.gather(rank, other, 0), other, mine, local)
+            kept = ahead < KEPT
             place = program.to(tl.int64) * KEPT + tl.cumsum(kept.to(tl.int32), 0) - 1
-            tl.store(rank_ptr + place, rank, mask=kept)
-            tl.store(block_ptr + place, block, mask=kept)
+            tl.store(rank_ptr + place, mine, mask=kept)
+            tl.store(block_ptr + place, first + local, mask=kept)
     else:
         head, ok = heads_of(program - pairs * SHARES, pairs * GROUP, HEADS)
         o_cmp = merged(o_ptr, stat_ptr, head, 0, CMP + WIN, CMP, CMP_PADDED, DIM, WIDE)

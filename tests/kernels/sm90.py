@@ -103,18 +103,19 @@ def compile_window(*shape):
     window_dkv(do, q, k, v, lse, lse, packing, 512, scale=0.1)
 
 
-def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536, batch=8):
+def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     from sieve.kernels.full import decode_triton as full_decode
     from sieve.kernels.nsa import decode_triton
     from sieve.kernels.nsa.decode_tiles import DecodeTiles
     from sieve.kernels.nsa.geometry import Geometry
 
     geometry = Geometry(32, 16, 64, 16, 1, 2, 512)
-    shapes = [(batch, 1, heads, d_qk)] + [(batch, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
-    tensors = [torch.zeros(s, dtype=dtype) for s in (*shapes, (batch, 1, heads, 3))]
-    query, key = torch.zeros(batch, 1, dtype=torch.int32), torch.zeros(batch, 512, dtype=torch.int32)
+    shapes = [(1, 1, heads, d_qk)] + [(1, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
+    tensors = [torch.zeros(s, dtype=dtype) for s in (*shapes, (1, 1, heads, 3))]
+    query, key = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 512, dtype=torch.int32)
     tiles = DecodeTiles.of(heads // kv_heads, d_qk, d_v, dtype, torch.device("cpu"))
-    tiles = dataclasses.replace(tiles, programs=264, select_programs=264, overlap=True)
+    # As many parts as eight sequences have on 132 multiprocessors.
+    tiles = dataclasses.replace(tiles, programs=33, select_programs=33, overlap=True)
     decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, tiles=tiles)
     full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264, overlap=True)
 
