@@ -11,6 +11,8 @@ from sieve.kernels.common.split_keys import Tile, decode_tile
 
 MOST_SHARE = 256  # blocks that one program can compare with one another in registers
 WEIGHED = 1024  # scores that one warp holds
+# Registers of a program that weighs all heads of a group at once: three programs of eight warps fit on a multiprocessor.
+WEIGH_REGISTERS = 80
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,11 @@ def share_of(blocks: int, kept: int) -> int:
     return min(MOST_SHARE, max(16, 1 << ((blocks * kept).bit_length() - 1) // 2))
 
 
-def weigh_options(share: int) -> dict[str, int]:
-    """Of a launch whose programs weigh `share` blocks: with 80 registers three of eight warps fit on a multiprocessor."""
-    return {"num_warps": 8 if share <= 128 else 16, "maxnreg": 80}
-
-
 def heads_weighed(group: int, share: int, slots: int) -> int:
     """How many heads of a group a program weighs at once, a power of two, when each block of its share has `slots` scores."""
     padded = 1 << (group - 1).bit_length()
-    return max(1, min(padded, weigh_options(share)["num_warps"] * WEIGHED // (share * slots)))
+    return max(1, min(padded, weigh_warps(share) * WEIGHED // (share * slots)))
+
+
+def weigh_warps(share: int) -> int:
+    return 8 if share <= 128 else 16

@@ -25,7 +25,7 @@ from sieve.kernels.common.launch import overlap_options, unit_stride
 from sieve.kernels.common.split_keys import heads_together, parts_of
 from sieve.kernels.nsa.decode_compress import compress_and_window
 from sieve.kernels.nsa.decode_select import finish, select
-from sieve.kernels.nsa.decode_tiles import DecodeTiles, heads_weighed, share_of, weigh_options
+from sieve.kernels.nsa.decode_tiles import WEIGH_REGISTERS, DecodeTiles, heads_weighed, share_of, weigh_warps
 from sieve.kernels.nsa.decode_weigh import weigh_and_merge
 from sieve.kernels.nsa.geometry import Geometry
 
@@ -83,7 +83,7 @@ def launches(
     share = tiles.share or share_of(blocks, width)
     shares, kept = triton.cdiv(blocks, share), min(width, share)
     candidates = triton.next_power_of_2(shares * kept)
-    together = heads_together(max(cmp, win))
+    step, together = heads_weighed(group, share, a_padded), heads_together(max(cmp, win))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.new_empty(shape, dtype=dtype)
@@ -111,9 +111,9 @@ def launches(
         weigh_and_merge[(pairs * shares + triton.cdiv(B * H, together),)](
             query, score, o_first, stat_first, gates, rank, block, mix, slots, pairs, INIT=geometry.init_blocks,
             LOCAL=geometry.local_blocks, A_PADDED=a_padded, B_PADDED=b_padded, SHARE=share, SHARES=shares, KEPT=kept,
-            CHUNK=min(share, COMPARED // (4 * share)), STEP=heads_weighed(group, share, a_padded), CMP=cmp,
+            CHUNK=min(share, COMPARED // (4 * share)), STEP=step, CMP=cmp,
             CMP_PADDED=padded[cmp], WIN=win, WIN_PADDED=padded[win], HEADS=together, **shape, **kernel, **wide, **every,
-            **weigh_options(share),
+            num_warps=weigh_warps(share), maxnreg=WEIGH_REGISTERS if step >= group else None,
         )  # fmt: skip
 
     def selection() -> None:

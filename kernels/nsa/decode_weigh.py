@@ -45,7 +45,7 @@ def _importance(
     before = tl.zeros([SHARE * B_PADDED], tl.float32)
     part = tl.arange(0, CMP_PADDED)[None, :]
     # What lies past `seen` is read and dropped: a mask that may end anywhere would make wide loads narrow ones.
-    for first in tl.static_range(0, GROUP, STEP):
+    for first in tl.range(0, GROUP, STEP, num_stages=1):
         head = first + tl.arange(0, STEP)
         ok = (head < GROUP)[:, None]
         s_at = score_ptr + ((first_head + head).to(tl.int64) * slots)[:, None]
