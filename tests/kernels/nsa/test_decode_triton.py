@@ -133,6 +133,23 @@ def test_any_number_of_parts(programs, device, poison):
     check(draw([250, 40], TOY, device=device), programs=programs)
 
 
+@pytest.mark.parametrize("geometry", [TOY, THREE], ids=["toy", "three"])
+def test_any_share_chooses_the_same(geometry, device, poison):
+    """The last with the size that is taken by default."""
+    case = draw([700, 640, 30], geometry, device=device)
+    found = [ours(case, share=share) for share in (16, 32, 256, None)]
+    check(case, share=256)
+    for out, indices in found[1:]:
+        assert torch.equal(indices, found[0][1])
+        torch.testing.assert_close(out, found[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_twice_the_same(device, poison):
+    case = draw([333, 40], TOY, 16, 2, device=device, dtype=torch.float16)
+    (a, i), (b, j) = ours(case), ours(case)
+    assert torch.equal(a, b) and torch.equal(i, j)
+
+
 def test_exact_ties_fall_as_in_the_reference(device, poison):
     """Small integers make scores exact, so that many importances are equal but for the rounding of one sum."""
     case = draw([333, 290, 200], TOY, device=device, integers=True)
