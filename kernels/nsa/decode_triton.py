@@ -33,12 +33,11 @@ COMPARED = 16384  # pairs of blocks that a program compares at once, a quarter w
 
 
 class Launches(NamedTuple):
-    """The four launches in their order, what they write to, and the number of each branch's parts."""
+    """The four launches in their order, and what they write to."""
 
     calls: dict[str, Callable[[], object]]
     out: Tensor
     index: Tensor
-    parts: dict[str, int]
 
 
 def nsa_decode(
@@ -133,4 +132,4 @@ def launches(
     calls = {
         "compression, window": compression_and_window, "weights": weights, "top-n, selection": selection, "merge": merge,
     }  # fmt: skip
-    return Launches(calls, out, index, {"compression": cmp, "window": win, "selection": slc})
+    return Launches(calls, out, index)
