@@ -1,9 +1,9 @@
 """What launchers share: the device's multiprocessors, strides that kernels take, launches that begin before the last ends.
 
 Programmatic dependent launch (sm_90 on): a kernel's programs come onto the device while the one before still runs and wait
-there, which hides what a launch costs. What such a kernel writes, and what the kernel right before it wrote, it may touch
-only after `after_earlier`. What kernels further back wrote is complete as soon as it runs, provided that the one before
-was launched so too and called `after_earlier` in every program, since none lets its successor begin before that.
+there, which hides what a launch costs. Such a kernel touches no memory before `after_earlier`, which every program calls:
+what it waits for is the kernel right before it, which by the same rule had waited for the one before that. Source:
+the CUDA programming guide's section on programmatic dependent launch, and PTX's griddepcontrol.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sieve.kernels.common.launch import after_earlier, can_overlap, overlap_options
 from sieve.kernels.nsa.geometry import Geometry
 
 
@@ -62,10 +63,11 @@ def _store_token(
     past_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, k_win_ptr, v_win_ptr, win_keys_ptr, win_values_ptr,
     k_raw_ptr, v_raw_ptr, raw_keys_ptr, raw_values_ptr, k_joined_ptr, v_joined_ptr, places,
     HEADS: tl.constexpr, WINDOW: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, ROWS: tl.constexpr,
-    DK: tl.constexpr, WK: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr,
+    DK: tl.constexpr, WK: tl.constexpr, DV: tl.constexpr, WV: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hkv)."""
     pair = tl.program_id(0)
+    after_earlier(OVERLAP)
     past = tl.load(past_ptr + pair // HEADS)
     _put(k_ptr, keys_ptr, pair, places, past, DK, WK)
     _put(v_ptr, values_ptr, pair, places, past, DV, WV)
@@ -81,10 +83,11 @@ def _store_token(
 def _store_block(
     past_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, places,
     HEADS: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, DK: tl.constexpr, WK: tl.constexpr, DV: tl.constexpr,
-    WV: tl.constexpr,
+    WV: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hkv). k, v [B, L / STRIDE, Hkv, D]: a sequence's first may be complete now, no other."""
     pair = tl.program_id(0)
+    after_earlier(OVERLAP)
     past = tl.load(past_ptr + pair // HEADS)
     number = _blocks(past, L, STRIDE)
     if _blocks(past + 1, L, STRIDE) > number:
@@ -98,9 +101,10 @@ def _store_block(
         tl.store(values_ptr + to * DV + column, x, mask=column < DV)
 
 
-def _dims(k: Tensor, v: Tensor) -> dict[str, int]:
-    dk, dv = k.shape[-1], v.shape[-1]
-    return {"DK": dk, "WK": triton.next_power_of_2(dk), "DV": dv, "WV": triton.next_power_of_2(dv)}
+def _options(k: Tensor, v: Tensor) -> dict[str, int]:
+    dk, dv, overlap = k.shape[-1], v.shape[-1], can_overlap(k.device)
+    dims = {"DK": dk, "WK": triton.next_power_of_2(dk), "DV": dv, "WV": triton.next_power_of_2(dv)}
+    return {**dims, "OVERLAP": overlap, **overlap_options(overlap)}
 
 
 def store_token(past: Tensor, selection: Stores, window: Stores, raw: Stores, geometry: Geometry) -> tuple[Tensor, Tensor]:
@@ -115,7 +119,7 @@ def store_token(past: Tensor, selection: Stores, window: Stores, raw: Stores, ge
     news = [(x.k.contiguous(), x.v.contiguous(), x.keys, x.values) for x in (selection, window, raw)]
     _store_token[(B * heads,)](
         past, *news[0], *news[1], *news[2], *joined, places, HEADS=heads, WINDOW=geometry.window_size, L=l,
-        STRIDE=geometry.kernel_stride, ROWS=triton.next_power_of_2(l), num_warps=4, **_dims(raw.k, raw.v),
+        STRIDE=geometry.kernel_stride, ROWS=triton.next_power_of_2(l), num_warps=4, **_options(raw.k, raw.v),
     )  # fmt: skip
     return joined[0], joined[1]
 
@@ -126,5 +130,5 @@ def store_block(past: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
     B, heads, places, _ = keys.shape
     _store_block[(B * heads,)](
         past, k.contiguous(), v.contiguous(), keys, values, places, HEADS=heads, L=geometry.kernel_size,
-        STRIDE=geometry.kernel_stride, num_warps=1, **_dims(k, v),
+        STRIDE=geometry.kernel_stride, num_warps=1, **_options(k, v),
     )  # fmt: skip

@@ -23,6 +23,13 @@ from sieve.kernels.nsa.decode_weigh import ahead_of
 
 
 @triton.jit
+def _rank(rank_ptr, place, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr):
+    """What candidates are chosen by: -1 in shares that begin after the query, where nothing was written."""
+    rank = tl.load(rank_ptr + place, mask=place < COUNT, other=-1)  # not masked by `current`, which it would wait for
+    return tl.where(place // KEPT * SHARE <= current, rank, -1)
+
+
+@triton.jit
 def _pick(
     rank_ptr, block_ptr, current, COUNT: tl.constexpr, PADDED: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr,
     TOPK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
@@ -33,14 +40,12 @@ def _pick(
     blocks than it may choose takes them all, whatever lies there.
     """
     place = tl.arange(0, PADDED)
-    live = (place < COUNT) & (place // KEPT * SHARE <= current)
-    rank = tl.load(rank_ptr + place, mask=live, other=-1)
-    block = tl.load(block_ptr + place, mask=live, other=-1)
+    rank = _rank(rank_ptr, place, current, COUNT, KEPT, SHARE)
+    block = tl.load(block_ptr + place, mask=place < COUNT, other=-1)
     ahead = tl.zeros([PADDED], tl.int32)
     for first in range(0, COUNT, CHUNK):
         other = first + tl.arange(0, CHUNK)
-        live = (other < COUNT) & (other // KEPT * SHARE <= current)
-        ahead += ahead_of(tl.load(rank_ptr + other, mask=live, other=-1), other, rank, place)
+        ahead += ahead_of(_rank(rank_ptr, other, current, COUNT, KEPT, SHARE), other, rank, place)
     chosen = ahead < TOPK
     position = tl.cumsum(chosen.to(tl.int32), 0) - 1
     order = tl.arange(0, WIDTH)
@@ -62,9 +67,9 @@ def select(
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch, kv_head = pair_of(pair, HEADS_KV)
+    after_earlier(OVERLAP)
     at = tl.load(query_ptr + batch)
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
-    after_earlier(OVERLAP)
     current = at // BLOCK
     candidates = pair.to(tl.int64) * COUNT
     picked = _pick(
@@ -103,8 +108,8 @@ def finish(
     column = tl.arange(0, WIDE)[None, :]
     at = (head.to(tl.int64) * DIM)[:, None] + column
     mask = ok[:, None] & (column < DIM)
-    gate = tl.load(gate_ptr + head * 3 + 1).to(tl.float32)
-    mix = tl.load(mix_ptr + at, mask=mask, other=0.0)  # of the launch before the last: done, see after_earlier
     after_earlier(OVERLAP)
+    gate = tl.load(gate_ptr + head * 3 + 1).to(tl.float32)
+    mix = tl.load(mix_ptr + at, mask=mask, other=0.0)
     out = mix + gate[:, None] * merged(o_ptr, stat_ptr, head, 0, SLC, SLC, SLC_PADDED, DIM, WIDE)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -88,10 +88,10 @@ def weigh_and_merge(
     mix fp32 [B * H, DIM]: compression and window attention, weighed by their gates.
     """
     program = tl.program_id(0)
-    pair = tl.minimum(program // SHARES, pairs - 1)
-    at = tl.load(query_ptr + pair // HEADS_KV)
     after_earlier(OVERLAP)
     if program < pairs * SHARES:
+        pair = program // SHARES
+        at = tl.load(query_ptr + pair // HEADS_KV)
         current = at // BLOCK
         first = program % SHARES * SHARE
         if (current >= TOPK) & (first <= current):
