@@ -167,15 +167,16 @@ class NSACache(LayerCache):
 
     def compressed(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Store the blocks that this chunk completes, from the slots [C, Hkv, D] that phi filled."""
-        if not chunk.block_slot.numel():
-            return
         if self._at_once(chunk):
             from sieve.kernels.nsa.cache_triton import store_block
 
             return store_block(chunk.past, k, v, self["k_cmp"], self["v_cmp"], self.geometry)
+        slot, *_ = chunk.block
+        if not slot.numel():
+            return
         for name, x in (("k_cmp", k), ("v_cmp", v)):
             place = chunk.block_place(self[name].shape[2] - 1)  # [B, N]
-            self[name][chunk.block_row, :, place] = x[chunk.block_slot]
+            self[name][chunk.block_row, :, place] = x[slot]
 
     def window(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """Store packed k, v [T, Hkv, D]; keys, values [B, Hkv, W, D] and positions [B, W] of the chunk's windows."""

@@ -10,6 +10,7 @@ from sieve.kernels.nsa.phi import PhiWeights, compress
 
 D, HKV, HIDDEN = 3, 2, 5
 LENGTHS = [5, 0, 1, 33, 0, 64, 1, 7, 8, 12, 3]
+NAMES = ("position", "w_in", "b_in", "w_out", "b_out")
 SHAPES = [(8, 4), (4, 4), (12, 4), (6, 3)]
 
 
@@ -31,7 +32,7 @@ def weights(kind, l, rng, biases=True):
 
 
 def leaves(w):
-    return [x for x in (w.position, w.w_in, w.b_in, w.w_out, w.b_out) if x is not None]
+    return [getattr(w, name) for name in NAMES if getattr(w, name) is not None]
 
 
 def naive(x, lengths, l, d, w):
@@ -70,12 +71,22 @@ def test_blocks_and_gradients(packed, kind, l, d, biases):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "mean"])
+def test_slots_in_order_give_the_same_to_the_bit(packed, kind):
+    rng = torch.Generator().manual_seed(4)
+    slots = CompressedSlots.of(packed([12, 8, 4, 22]), 8, 4)
+    assert slots.start.tolist() == [4 * i for i in range(11)] and not slots.valid.all()
+    x, w = torch.randn(46, HKV, D, dtype=torch.float64, generator=rng), weights(kind, 8, rng)
+    plain, in_order = (compress(x, slots, geometry(8, 4), w, in_order=flag) for flag in (False, True))
+    assert torch.equal(plain[slots.valid], in_order[slots.valid]) and in_order.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "mean"])
 def test_gradcheck(packed, kind):
     rng = torch.Generator().manual_seed(1)
     slots = CompressedSlots.of(packed([11, 3, 9]), 4, 2)
     x = torch.randn(23, HKV, D, dtype=torch.float64, generator=rng).requires_grad_()
     w = weights(kind, 4, rng)
-    names = [n for n in ("position", "w_in", "b_in", "w_out", "b_out") if getattr(w, n) is not None]
+    names = [n for n in NAMES if getattr(w, n) is not None]
 
     def run(x, *values):
         return compress(x, slots, geometry(4, 2), PhiWeights(kind, **dict(zip(names, values))))
