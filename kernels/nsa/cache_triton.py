@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sieve.kernels.common.launch import after_earlier, can_overlap, overlap_options
+from sieve.kernels.common.launch import after_earlier, can_overlap, overlap_options, unit_stride
 from sieve.kernels.nsa.geometry import Geometry
 
 
@@ -81,7 +81,7 @@ def _store_token(
 
 @triton.jit(do_not_specialize=["places"])
 def _store_block(
-    past_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, places,
+    past_ptr, k_ptr, v_ptr, keys_ptr, values_ptr, stride_kn, stride_kh, stride_vn, stride_vh, places,
     HEADS: tl.constexpr, L: tl.constexpr, STRIDE: tl.constexpr, DK: tl.constexpr, WK: tl.constexpr, DV: tl.constexpr,
     WV: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
@@ -91,13 +91,13 @@ def _store_block(
     past = tl.load(past_ptr + pair // HEADS)
     number = _blocks(past, L, STRIDE)
     if _blocks(past + 1, L, STRIDE) > number:
-        from_pair = pair // HEADS * (L // STRIDE * HEADS) + pair % HEADS
+        slot = pair // HEADS * (L // STRIDE)
         to = pair.to(tl.int64) * places + number
         column = tl.arange(0, WK)
-        x = tl.load(k_ptr + from_pair * DK + column, mask=column < DK)
+        x = tl.load(k_ptr + slot * stride_kn + pair % HEADS * stride_kh + column, mask=column < DK)
         tl.store(keys_ptr + to * DK + column, x, mask=column < DK)
         column = tl.arange(0, WV)
-        x = tl.load(v_ptr + from_pair * DV + column, mask=column < DV)
+        x = tl.load(v_ptr + slot * stride_vn + pair % HEADS * stride_vh + column, mask=column < DV)
         tl.store(values_ptr + to * DV + column, x, mask=column < DV)
 
 
@@ -128,7 +128,8 @@ def store_block(past: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor
     """The block that the token after past completes, if it does, from what phi made of store_token's result, k and v
     [B * l / d, Hkv, D], to its place in the caches [B, Hkv, places, D]."""
     B, heads, places, _ = keys.shape
+    k, v = unit_stride(k), unit_stride(v)
     _store_block[(B * heads,)](
-        past, k.contiguous(), v.contiguous(), keys, values, places, HEADS=heads, L=geometry.kernel_size,
+        past, k, v, keys, values, *k.stride()[:2], *v.stride()[:2], places, HEADS=heads, L=geometry.kernel_size,
         STRIDE=geometry.kernel_stride, num_warps=1, **_options(k, v),
     )  # fmt: skip

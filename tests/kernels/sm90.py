@@ -105,7 +105,7 @@ def compile_window(*shape):
 
 def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     from sieve.kernels.full import decode_triton as full_decode
-    from sieve.kernels.nsa import decode_triton
+    from sieve.kernels.nsa import cache_triton, decode_triton
     from sieve.kernels.nsa.decode_tiles import DecodeTiles
     from sieve.kernels.nsa.geometry import Geometry
 
@@ -118,6 +118,11 @@ def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     tiles = dataclasses.replace(tiles, programs=33, select_programs=33, overlap=True)
     decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, tiles=tiles)
     full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264, overlap=True)
+    raw = [torch.zeros(1, kv_heads, 32, d, dtype=dtype) for d in (d_qk, d_v)]
+    new, block = ([torch.zeros(n, kv_heads, d, dtype=dtype) for d in (d_qk, d_v)] for n in (1, 2))
+    stores = [cache_triton.Stores(*new, *caches) for caches in (tensors[3:5], tensors[5:7], raw)]
+    cache_triton.store_token(query[0], *stores, geometry)
+    cache_triton.store_block(query[0], *block, *tensors[1:3], geometry)
 
 
 def compile_operator(*shape):
