@@ -27,32 +27,27 @@ def ahead_of(theirs, their_place, rank, place):
 
 @triton.jit
 def _importance(
-    score_ptr, stat_ptr, first_head, block, first_block, seen, slots,
+    score_ptr, stat_ptr, first_head, first_block, seen, slots,
     GROUP: tl.constexpr, A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, B_PADDED: tl.constexpr,
     SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, CMP: tl.constexpr, CMP_PADDED: tl.constexpr,
 ):  # fmt: skip
     """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before."""
-    inside = tl.arange(0, A_PADDED)
-    own_place = tl.arange(0, SHARE * A_PADDED)
-    own_inside = own_place % A_PADDED
-    own_slot = (first_block + own_place // A_PADDED) * A + own_inside
-    own_live = (own_inside < A) & (own_slot < seen)
-    before_place = tl.arange(0, SHARE * B_PADDED)
-    before_inside = before_place % B_PADDED
-    before_slot = (first_block + before_place // B_PADDED) * A - (B - 1) + before_inside
-    before_live = (before_inside < B - 1) & (before_slot >= 0) & (before_slot < seen)
-    own = tl.zeros([SHARE * A_PADDED], tl.float32)
-    before = tl.zeros([SHARE * B_PADDED], tl.float32)
+    inside = tl.arange(0, SHARE * A_PADDED) % A_PADDED
+    slot = (first_block + tl.arange(0, SHARE * A_PADDED) // A_PADDED) * A + inside
+    live = (inside < A) & (slot < seen)
+    edge_slot = first_block * A - (B - 1) + tl.arange(0, B_PADDED)  # of the block before the share
+    edge_live = (tl.arange(0, B_PADDED) < B - 1) & (edge_slot >= 0) & (edge_slot < seen)
+    weight = tl.zeros([SHARE * A_PADDED], tl.float32)
+    edge_weight = tl.zeros([B_PADDED], tl.float32)
     part = tl.arange(0, CMP_PADDED)[None, :]
     # What lies past `seen` is read and dropped: a mask that may end anywhere would make wide loads narrow ones.
     for first in tl.range(0, GROUP, STEP, num_stages=1):
         head = first + tl.arange(0, STEP)
         ok = (head < GROUP)[:, None]
         s_at = score_ptr + ((first_head + head).to(tl.int64) * slots)[:, None]
-        s = tl.load(s_at + own_slot[None, :], mask=ok & (own_slot < slots)[None, :], other=float("-inf"))
-        s = tl.where(own_live[None, :], s, float("-inf"))
-        if B > 1:
-            t = tl.load(s_at + before_slot[None, :], mask=ok & before_live[None, :], other=float("-inf"))
+        s = tl.load(s_at + slot[None, :], mask=ok & (slot < slots)[None, :], other=float("-inf"))
+        s = tl.where(live[None, :], s, float("-inf"))
+        edge = tl.load(s_at + edge_slot[None, :], mask=ok & edge_live[None, :], other=float("-inf"))
         at = stat_ptr + 2 * ((first_head + head).to(tl.int64)[:, None] * PARTS + part)
         top = tl.load(at, mask=ok & (part < CMP), other=float("-inf"))
         total = tl.load(at + 1, mask=ok & (part < CMP), other=0.0)
@@ -60,14 +55,18 @@ def _importance(
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
         lse = tl.where(total > 0.0, shift + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
-        own += tl.sum(tl.exp2(s - lse[:, None]), 0)
-        if B > 1:
-            before += tl.sum(tl.exp2(t - lse[:, None]), 0)
-    weight = tl.where(inside < A, tl.minimum(A - inside, B), 0).to(tl.float32)
-    found = tl.sum(tl.reshape(own, [SHARE, A_PADDED]) * weight[None, :], 1)
-    if B > 1:
-        weight = (tl.arange(0, B_PADDED) + 1).to(tl.float32)
-        found += tl.sum(tl.reshape(before, [SHARE, B_PADDED]) * weight[None, :], 1)
+        weight += tl.sum(tl.exp2(s - lse[:, None]), 0)
+        edge_weight += tl.sum(tl.exp2(edge - lse[:, None]), 0)
+    counted = tl.where(inside < A, tl.minimum(A - inside, B), 0).to(tl.float32)
+    found = tl.sum(tl.reshape(weight * counted, [SHARE, A_PADDED]), 1)
+    if B > 1:  # slot A - B + 1 + m of a block counts m + 1 times for the next one
+        m = tl.arange(0, SHARE * B_PADDED) % B_PADDED
+        block = tl.arange(0, SHARE * B_PADDED) // B_PADDED
+        before = tl.gather(weight, tl.maximum(block - 1, 0) * A_PADDED + A - B + 1 + tl.minimum(m, B - 2), 0)
+        before = tl.where((block > 0) & (m < B - 1), before * (m + 1).to(tl.float32), 0.0)
+        found += tl.sum(tl.reshape(before, [SHARE, B_PADDED]), 1)
+        edge_sum = tl.sum(edge_weight * (tl.arange(0, B_PADDED) + 1).to(tl.float32), 0)
+        found += tl.where(tl.arange(0, SHARE) == 0, edge_sum, 0.0)
     return found
 
 
@@ -98,7 +97,7 @@ def weigh_and_merge(
             block = first + tl.arange(0, SHARE)
             seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
             importance = _importance(
-                score_ptr, stat_ptr, pair * GROUP, block, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
+                score_ptr, stat_ptr, pair * GROUP, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
                 KERNEL // STRIDE, B_PADDED, SHARE, STEP, CMP + WIN, CMP, CMP_PADDED,
             )  # fmt: skip
             forced = (block < INIT) | (block > current - LOCAL)
