@@ -31,26 +31,31 @@ def _rank(rank_ptr, place, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHA
 
 @triton.jit
 def _pick(
-    rank_ptr, block_ptr, current, COUNT: tl.constexpr, PADDED: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr,
-    TOPK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    rank_ptr, block_ptr, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr,
+    WIDTH: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr,
 ):  # fmt: skip
     """int32 [WIDTH]: the TOPK blocks of largest rank, of equals the lower block, ascending, then -1.
 
-    rank, block [COUNT]: KEPT blocks of each share, ascending, so that places order as blocks do. A query with no more
-    blocks than it may choose takes them all, whatever lies there.
+    rank, block [COUNT]: KEPT blocks of each share, ascending, so that places order as blocks do; MINE of them are
+    compared with THEIRS at a time. A query with no more blocks than it may choose takes them all, whatever lies there.
     """
-    place = tl.arange(0, PADDED)
-    rank = _rank(rank_ptr, place, current, COUNT, KEPT, SHARE)
-    block = tl.load(block_ptr + place, mask=place < COUNT, other=-1)
-    ahead = tl.zeros([PADDED], tl.int32)
-    for first in range(0, COUNT, CHUNK):
-        other = first + tl.arange(0, CHUNK)
-        ahead += ahead_of(_rank(rank_ptr, other, current, COUNT, KEPT, SHARE), other, rank, place)
-    chosen = ahead < TOPK
-    position = tl.cumsum(chosen.to(tl.int32), 0) - 1
     order = tl.arange(0, WIDTH)
-    here = chosen[:, None] & (position[:, None] == order[None, :])
-    picked = tl.where(current < TOPK, order, tl.sum(tl.where(here, block[:, None], 0), 0))
+    picked = tl.zeros([WIDTH], tl.int32)
+    before = 0
+    for first in tl.range(0, COUNT, MINE, num_stages=1):
+        place = first + tl.arange(0, MINE)
+        rank = _rank(rank_ptr, place, current, COUNT, KEPT, SHARE)
+        block = tl.load(block_ptr + place, mask=place < COUNT, other=-1)
+        ahead = tl.zeros([MINE], tl.int32)
+        for other in tl.range(0, COUNT, THEIRS, num_stages=1):
+            their_place = other + tl.arange(0, THEIRS)
+            ahead += ahead_of(_rank(rank_ptr, their_place, current, COUNT, KEPT, SHARE), their_place, rank, place)
+        chosen = ((ahead < TOPK) & (place < COUNT)).to(tl.int32)
+        position = before + tl.cumsum(chosen, 0) - chosen
+        here = (chosen > 0)[:, None] & (position[:, None] == order[None, :])
+        picked += tl.sum(tl.where(here, block[:, None], 0), 0)
+        before += tl.sum(chosen, 0)
+    picked = tl.where(current < TOPK, order, picked)
     return tl.where((order < TOPK) & (order <= current), picked, -1)
 
 
@@ -60,7 +65,7 @@ def select(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, factor,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     BLOCK: tl.constexpr, TOPK: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, KEPT: tl.constexpr,
-    COUNT: tl.constexpr, COUNT_PADDED: tl.constexpr, CHUNK: tl.constexpr, SLC: tl.constexpr,
+    COUNT: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr, SLC: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hkv, SLC). rank, block: see weigh_and_merge. index int32 [B * Hkv, TOPK]."""
@@ -73,7 +78,7 @@ def select(
     current = at // BLOCK
     candidates = pair.to(tl.int64) * COUNT
     picked = _pick(
-        rank_ptr + candidates, block_ptr + candidates, current, COUNT, COUNT_PADDED, KEPT, SHARE, TOPK, WIDTH, CHUNK
+        rank_ptr + candidates, block_ptr + candidates, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS
     )
     order = tl.arange(0, WIDTH)
     tl.store(index_ptr + pair * TOPK + order, picked, mask=(order < TOPK) & (part == 0))

@@ -82,6 +82,7 @@ def launches(
     share = tiles.share or share_of(blocks, width)
     shares, kept = triton.cdiv(blocks, share), min(width, share)
     candidates = triton.next_power_of_2(shares * kept)
+    mine = min(candidates, 128, COMPARED // width)
     step, together = heads_weighed(group, share, a_padded), heads_together(max(cmp, win))
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,9 +119,8 @@ def launches(
     def selection() -> None:
         select[(pairs, slc)](
             q, k_slc, v_slc, query, rank, block, index, o_slc, stat_slc, *k_slc.stride()[:3], *v_slc.stride()[:3], factor,
-            WIDTH=width, SHARE=share, KEPT=kept, COUNT=shares * kept, COUNT_PADDED=candidates,
-            CHUNK=max(16, min(candidates, COMPARED // candidates)), SLC=slc, ROWS=chosen.rows, KEYS=chosen.keys,
-            **shape, **dims, **every, **chosen.options,
+            WIDTH=width, SHARE=share, KEPT=kept, COUNT=shares * kept, MINE=mine, THEIRS=min(candidates, COMPARED // mine),
+            SLC=slc, ROWS=chosen.rows, KEYS=chosen.keys, **shape, **dims, **every, **chosen.options,
         )  # fmt: skip
 
     def merge() -> None:

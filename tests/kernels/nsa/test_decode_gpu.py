@@ -33,6 +33,10 @@ def test_long(tokens):
     check(Shape.parse("16/1/128/128"), PAPER, tokens=tokens)
 
 
+def test_many_blocks_chosen():
+    check(Shape.parse("16/1/128/128"), Geometry(32, 16, 64, 64, 1, 2, 512), tokens=30_000)
+
+
 def test_twice_the_same():
     case = draw(Shape.parse("64/4/128/128"), [9000, 100, 20_000], PAPER)
     args = (case.q, *case.kv, case.gates, case.query, case.window_key, case.longest, PAPER)

@@ -14,10 +14,10 @@ from sieve.kernels.nsa.decode_tiles import MOST_SHARE, heads_weighed, share_of, 
 
 @triton.jit
 def picking(
-    rank_ptr, block_ptr, out_ptr, current, COUNT: tl.constexpr, PADDED: tl.constexpr, KEPT: tl.constexpr,
-    SHARE: tl.constexpr, TOPK: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    rank_ptr, block_ptr, out_ptr, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr,
+    TOPK: tl.constexpr, WIDTH: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr,
 ):  # fmt: skip
-    picked = _pick(rank_ptr, block_ptr, current, COUNT, PADDED, KEPT, SHARE, TOPK, WIDTH, CHUNK)
+    picked = _pick(rank_ptr, block_ptr, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS)
     tl.store(out_ptr + tl.arange(0, WIDTH), picked)
 
 
@@ -27,8 +27,10 @@ def heaviest(rank, n):
 
 
 @pytest.mark.parametrize("values", [3, 1 << 30], ids=["ties", "distinct"])
-@pytest.mark.parametrize("shares, share, topk, chunk", [(1, 32, 16, 16), (7, 64, 16, 128), (9, 16, 5, 16), (20, 128, 13, 32)])
-def test_the_heaviest_of_all_are_picked_from_the_heaviest_of_every_share(shares, share, topk, chunk, values, device):
+@pytest.mark.parametrize("shares, share, topk, mine, theirs", [
+    (1, 32, 16, 16, 16), (7, 64, 16, 128, 128), (9, 16, 5, 16, 32), (20, 128, 13, 64, 32), (3, 32, 64, 32, 16),
+])  # fmt: skip
+def test_the_heaviest_of_all_are_picked_from_the_heaviest_of_every_share(shares, share, topk, mine, theirs, values, device):
     width = 1 << (topk - 1).bit_length()
     kept = min(width, share)
     for seed, current in enumerate((shares * share - 1, shares * share - share // 2, topk, topk - 1, 2, 0)):
@@ -39,10 +41,9 @@ def test_the_heaviest_of_all_are_picked_from_the_heaviest_of_every_share(shares,
         left = rank[block.long()]
         left[torch.arange(shares) * share > current] = 1 << 30  # nothing wrote there
         out = torch.empty(width, dtype=torch.int32, device=device)
-        padded = 1 << (shares * kept - 1).bit_length()
         picking[(1,)](
-            left.to(device), block.to(device), out, current, COUNT=shares * kept, PADDED=padded, KEPT=kept, SHARE=share,
-            TOPK=topk, WIDTH=width, CHUNK=min(chunk, padded),
+            left.to(device), block.to(device), out, current, COUNT=shares * kept, KEPT=kept, SHARE=share, TOPK=topk,
+            WIDTH=width, MINE=mine, THEIRS=theirs,
         )  # fmt: skip
         want = torch.full((width,), -1, dtype=torch.int32)
         count = min(topk, current + 1)

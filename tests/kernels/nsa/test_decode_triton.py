@@ -144,6 +144,12 @@ def test_any_share_chooses_the_same(geometry, device, poison):
         torch.testing.assert_close(out, found[0][0], rtol=1e-5, atol=1e-6)
 
 
+def test_more_blocks_chosen_than_a_share_has(device, poison):
+    case = draw([700, 330, 100], Geometry(8, 4, 16, topk=20, init_blocks=1, local_blocks=2, window_size=24), device=device)
+    out, indices = check(case)
+    assert (indices[0] >= 0).all() and indices[2, 0, 0].tolist() == [*range(7), *[-1] * 13]
+
+
 def test_twice_the_same(device, poison):
     case = draw([333, 40], TOY, 16, 2, device=device, dtype=torch.float16)
     (a, i), (b, j) = ours(case), ours(case)
