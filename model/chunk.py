@@ -65,7 +65,7 @@ class Chunk:
             local = torch.arange(places // d, device=device) * d
             slots = CompressedSlots(
                 (begin[:, None] + local).flatten().int(), (first[:, None] + local).flatten().int(),
-                (local + l <= held[:, None]).flatten(), (local + d <= held[:, None]).flatten(),
+                (local + l <= held[:, None]).flatten(), (local + d <= held[:, None]).flatten(), any_filling=True,
             )
         position = past[packing.doc] + packing.position
         return cls(packing, past, count, position, width, longest, fresh, slots, begin, first, geometry)

@@ -41,11 +41,9 @@ class Phi(nn.Module):
         if self.kind == "mlp":
             self.w_out = nn.Parameter(torch.full((head_dim, hidden), math.nan))
 
-    def forward(self, x: Tensor, slots: CompressedSlots, *, in_order: bool = False) -> Tensor:
-        """in_order: see sieve.kernels.nsa.phi.compress."""
+    def forward(self, x: Tensor, slots: CompressedSlots) -> Tensor:
         position, w_in, w_out = (getattr(self, name, None) for name in ("position", "w_in", "w_out"))
-        weights = PhiWeights(self.kind, position=position, w_in=w_in, w_out=w_out)
-        return compress(x, slots, self.geometry, weights, in_order=in_order)
+        return compress(x, slots, self.geometry, PhiWeights(self.kind, position=position, w_in=w_in, w_out=w_out))
 
 
 class _WithIdle(torch.autograd.Function):
@@ -119,11 +117,10 @@ class NSA(nn.Module):
         chunk = context.chunk
         if cache is not None:
             k_cmp, v_cmp = cache.store(k_slc, v, k_cmp, v_cmp, k_win, v_win, chunk)
-        in_order = chunk is not None and not chunk.fresh  # as a cache lays out what is pending
-        k_cmp = self.k_cmp_norm(self.k_phi(k_cmp, context.slots, in_order=in_order))  # [C, Hkv, Dqk]
+        k_cmp = self.k_cmp_norm(self.k_phi(k_cmp, context.slots))  # [C, Hkv, Dqk]
         if context.slot_rotation is not None:
             k_cmp = rotate(k_cmp, context.slot_rotation)
-        v_cmp = self.v_phi(v_cmp, context.slots, in_order=in_order)
+        v_cmp = self.v_phi(v_cmp, context.slots)
         gates = self.gate(x).sigmoid().unflatten(-1, (self.heads, 3))
         if cache is not None:
             cache.compressed(k_cmp, v_cmp, chunk)

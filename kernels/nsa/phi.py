@@ -70,24 +70,17 @@ def _shifted_sum(y: Tensor) -> Tensor:
     return total
 
 
-def compress(
-    x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: PhiWeights, *, in_order: bool = False
-) -> Tensor:
-    """x [T, Hkv, D] packed, before RoPE -> [C, Hkv, D] in slots; 0 in slots that hold no block.
+def compress(x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: PhiWeights) -> Tensor:
+    """x [T, Hkv, D] packed, before RoPE -> [C, Hkv, D] in slots; 0 in slots that hold no block, or anything (see slots).
 
-    in_order: slot i begins at token i * d, and slots that hold no block may hold anything finite: a few launches less, which
-    is much where x is short. The first layer is l/d products over the stride-d chunks, added with a shift: no overlapping
-    copy of x is made.
+    The first layer is l/d products over the stride-d chunks, added with a shift: no overlapping copy of x is made.
     No gradient passes between documents. Raises ValueError when a weight's shape does not fit.
     """
     _check(x, slots, geometry, weights)
     (T, Hkv, D), l, d = x.shape, geometry.kernel_size, geometry.kernel_stride
     C, parts = slots.start.numel(), l // d
-    if in_order:
-        chunks = x[: C * d].transpose(0, 1).contiguous()  # [Hkv, C * d, D]
-    else:
-        token = (slots.start[:, None] + torch.arange(d, device=x.device)).clamp_(max=max(T - 1, 0))
-        chunks = x.transpose(0, 1).index_select(1, token.flatten())
+    token = (slots.start[:, None] + torch.arange(d, device=x.device)).clamp_(max=max(T - 1, 0))
+    chunks = x.transpose(0, 1).index_select(1, token.flatten())  # [Hkv, C * d, D]
     if weights.kind == "mean":
         sums = chunks.view(Hkv, C, 1, d, D).sum(3, dtype=torch.promote_types(x.dtype, torch.float32))
         out = (_shifted_sum(sums.expand(-1, -1, parts, -1)) / l).to(x.dtype)
@@ -103,4 +96,4 @@ def compress(
         if weights.kind == "mlp":
             out = F.linear(F.silu(out), weights.w_out, weights.b_out)
     out = out.transpose(0, 1)
-    return out if in_order else torch.where(slots.valid[:, None, None], out, 0.0)
+    return out if slots.any_filling else torch.where(slots.valid[:, None, None], out, 0.0)
