@@ -8,6 +8,7 @@ all shapes are fixed, so that a step can be captured in a CUDA graph.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -110,7 +111,9 @@ class NSACache(LayerCache):
     read from the selection's."""
 
     def __init__(self, *args, geometry: Geometry) -> None:
-        self.geometry = geometry
+        """args: LayerCache's. kernels: whether a step of one token a sequence is stored by Triton's."""
+        self.geometry, device = geometry, args[3]
+        self.kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         super().__init__(*args)
 
     def _places(self, name: str, capacity: int) -> int:
@@ -123,11 +126,28 @@ class NSACache(LayerCache):
         """Keys and values [B, Hkv, m, D] of the selection, position p in place p, the chunk's included."""
         return self._all(chunk, ("k_slc", "v_slc"))
 
-    def append(self, k_slc: Tensor, v_slc: Tensor, chunk: Chunk) -> None:
-        self._append(chunk, k_slc=k_slc, v_slc=v_slc)
+    def _at_once(self, chunk: Chunk) -> bool:
+        """Whether `store` takes all the chunk's tokens in one launch, the window's included."""
+        one_each = chunk.width == 1 and chunk.packing.total_tokens == chunk.batch and not chunk.fresh
+        return self.kernels and one_each and "k_win" in self._tensors
 
-    def raw(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
-        """Packed k, v [T, Hkv, D] before phi -> what phi compresses, laid out as the chunk's slots say; its end is kept."""
+    def store(
+        self, k_slc: Tensor, v_slc: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, chunk: Chunk
+    ) -> tuple[Tensor, Tensor]:
+        """Take in packed new tokens [T, Hkv, D], but the window's, which `window` or `roll` does, and the blocks that they
+        complete, see `compressed`; returns what phi makes them of, laid out as the chunk's slots say."""
+        if not self._at_once(chunk):
+            self._append(chunk, k_slc=k_slc, v_slc=v_slc)
+            return self._raw(k_cmp, v_cmp, chunk)
+        from sieve.kernels.nsa.cache_triton import Stores, store_token  # needs the package triton
+
+        new = {"slc": (k_slc, v_slc), "win": (k_win, v_win), "raw": (k_cmp, v_cmp)}
+        return store_token(
+            chunk.past, *(Stores(*pair, self[f"k_{kind}"], self[f"v_{kind}"]) for kind, pair in new.items()), self.geometry
+        )
+
+    def _raw(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor]:
+        """Packed k, v [T, Hkv, D] before phi -> what phi compresses; its end is kept."""
         found = []
         for name, x in (("k_raw", k), ("v_raw", v)):
             if name not in self._tensors:
@@ -147,14 +167,21 @@ class NSACache(LayerCache):
 
     def compressed(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Store the blocks that this chunk completes, from the slots [C, Hkv, D] that phi filled."""
-        if not chunk.block_slot.numel():
+        if self._at_once(chunk):
+            from sieve.kernels.nsa.cache_triton import store_block
+
+            return store_block(chunk.past, k, v, self["k_cmp"], self["v_cmp"], self.geometry)
+        slot, *_ = chunk.block
+        if not slot.numel():
             return
         for name, x in (("k_cmp", k), ("v_cmp", v)):
             place = chunk.block_place(self[name].shape[2] - 1)  # [B, N]
-            self[name][chunk.block_row, :, place] = x[chunk.block_slot]
+            self[name][chunk.block_row, :, place] = x[slot]
 
     def window(self, k: Tensor, v: Tensor, chunk: Chunk) -> tuple[Tensor, Tensor, Tensor]:
         """Store packed k, v [T, Hkv, D]; keys, values [B, Hkv, W, D] and positions [B, W] of the chunk's windows."""
+        if self._at_once(chunk):
+            return self["k_win"], self["v_win"], chunk.last(self.geometry.window_size)
         if "k_win" in self._tensors:
             return self._window(chunk, ("k_win", "v_win"), k, v)
         size = self.geometry.window_size
@@ -168,7 +195,7 @@ class NSACache(LayerCache):
 
     def roll(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Only store the window's."""
-        if "k_win" in self._tensors:
+        if "k_win" in self._tensors and not self._at_once(chunk):
             self._roll(chunk, k_win=k, v_win=v)
 
 

@@ -21,11 +21,11 @@ class Chunk:
     packing: their layout, a sequence's new tokens as a document. past, count: int32 [B], tokens a sequence has already
         and gets now. position: int32 [T], in the sequence. width: the most new tokens of one sequence. longest: at least
         every sequence's length afterwards, on the host. fresh: nothing came before, so that training's forward serves.
-    slots: where phi's blocks begin, in `packing`'s tokens when fresh, else in P tokens a sequence: the past tokens from
-        its first incomplete block on, then the new ones. raw_index: int64 [B * P], those in the cached tokens [B * l]
-        followed by the new [T]; raw_position: int64 [B, P], their positions. Both None when fresh.
-    tail_index: int64 [B, l], in what phi compresses, the tokens from the next incomplete block on.
-    block_slot, block_number: int64 [B, N], the slot and number of the blocks that may be complete now; block_valid: are.
+    slots: where phi's blocks begin, in `packing`'s tokens when fresh, else in `places` tokens a sequence: the past tokens
+        from its first incomplete block on, then the new ones. begin: int64 [B], where those of a sequence begin; first:
+        int64 [B], the position of that token.
+
+    What one layer's cache takes in otherwise than another's is worked out for the first that asks.
     """
 
     packing: Packing
@@ -36,12 +36,9 @@ class Chunk:
     longest: int
     fresh: bool
     slots: CompressedSlots
-    raw_index: Tensor | None
-    raw_position: Tensor | None
-    tail_index: Tensor
-    block_slot: Tensor
-    block_number: Tensor
-    block_valid: Tensor
+    begin: Tensor
+    first: Tensor
+    geometry: Geometry
 
     @property
     def batch(self) -> int:
@@ -56,39 +53,56 @@ class Chunk:
         else:
             ends = torch.tensor(list(itertools.accumulate(counts, initial=0)), dtype=torch.int32, device=device)
         packing = Packing.of(ends, T, width)
-        begin = packing.cu_seqlens[:-1].long()
         count = packing.cu_seqlens.diff()
         l, d = geometry.kernel_size, geometry.kernel_stride
         first = _blocks(past, geometry).long() * d  # the first incomplete block's first token [B]
-        held = (past + count).long() - first
-        next_first = _blocks(past + count, geometry).long() * d - first
         if fresh:
-            slots = CompressedSlots.of(packing, l, d)
-            N, total, base, slot0 = width // d, T, begin, begin // d
-            raw_index = raw_position = None
+            slots, begin = CompressedSlots.of(packing, l, d), packing.cu_seqlens[:-1].long()
         else:
-            P = -(-(l - 1 + width) // d) * d
-            N, total, base = P // d, past.numel() * P, torch.arange(past.numel(), device=device) * P
-            slot0 = base // d
-            place = torch.arange(P, device=device)
-            pending = past.long() - first
-            old = torch.arange(past.numel(), device=device)[:, None] * l + place
-            new = (past.numel() * l + begin[:, None] + place - pending[:, None]).clamp(max=past.numel() * l + T - 1)
-            raw_index = torch.where(place < pending[:, None], old, new).flatten()
-            raw_position = first[:, None] + place
-            local = torch.arange(N, device=device) * d
+            places = _places(width, geometry)
+            begin = torch.arange(past.numel(), device=device) * places
+            held = (past + count).long() - first
+            local = torch.arange(places // d, device=device) * d
             slots = CompressedSlots(
-                (base[:, None] + local).flatten().int(), (first[:, None] + local).flatten().int(),
-                (local + l <= held[:, None]).flatten(), (local + d <= held[:, None]).flatten(),
+                (begin[:, None] + local).flatten().int(), (first[:, None] + local).flatten().int(),
+                (local + l <= held[:, None]).flatten(), (local + d <= held[:, None]).flatten(), any_filling=True,
             )
-        block = torch.arange(N, device=device)
-        tail = base[:, None] + next_first[:, None] + torch.arange(l, device=device)
-        return cls(
-            packing, past, count, past[packing.doc] + packing.position, width, longest, fresh, slots, raw_index,
-            raw_position, tail.clamp_(max=total - 1),
-            (slot0[:, None] + block).clamp_(max=max(slots.start.numel() - 1, 0)), first[:, None] // d + block,
-            block * d + l <= held[:, None],
-        )
+        position = past[packing.doc] + packing.position
+        return cls(packing, past, count, position, width, longest, fresh, slots, begin, first, geometry)
+
+    @functools.cached_property
+    def raw_position(self) -> Tensor:
+        """int64 [B, places], unless fresh: positions of the tokens that phi compresses."""
+        return self.first[:, None] + torch.arange(_places(self.width, self.geometry), device=self.past.device)
+
+    @functools.cached_property
+    def raw_index(self) -> Tensor:
+        """int64 [B * places], unless fresh: those tokens in the cached ones [B * l] followed by the new [T]."""
+        l, T = self.geometry.kernel_size, self.packing.total_tokens
+        place = torch.arange(_places(self.width, self.geometry), device=self.past.device)
+        pending = (self.past.long() - self.first)[:, None]
+        old = torch.arange(self.batch, device=self.past.device)[:, None] * l + place
+        new = self.batch * l + self.packing.cu_seqlens[:-1, None].long() + place - pending
+        return torch.where(place < pending, old, new.clamp(max=self.batch * l + T - 1)).flatten()
+
+    @functools.cached_property
+    def tail_index(self) -> Tensor:
+        """int64 [B, l], in what phi compresses, the tokens from the next incomplete block on."""
+        l, d = self.geometry.kernel_size, self.geometry.kernel_stride
+        total = self.packing.total_tokens if self.fresh else self.batch * _places(self.width, self.geometry)
+        next_first = _blocks(self.past + self.count, self.geometry).long() * d - self.first
+        tail = (self.begin + next_first)[:, None] + torch.arange(l, device=self.past.device)
+        return tail.clamp_(max=total - 1)
+
+    @functools.cached_property
+    def block(self) -> tuple[Tensor, Tensor, Tensor]:
+        """int64 [B, N] twice, bool [B, N]: the slot and the number of the blocks that may be complete now, and which are."""
+        l, d = self.geometry.kernel_size, self.geometry.kernel_stride
+        N = (self.width if self.fresh else _places(self.width, self.geometry)) // d
+        place = torch.arange(N, device=self.past.device)
+        slot = ((self.begin // d)[:, None] + place).clamp_(max=max(self.slots.start.numel() - 1, 0))
+        held = (self.past + self.count).long() - self.first
+        return slot, self.first[:, None] // d + place, place * d + l <= held[:, None]
 
     @functools.cached_property
     def place(self) -> tuple[Tensor, Tensor]:
@@ -107,17 +121,18 @@ class Chunk:
 
     @functools.cached_property
     def block_row(self) -> Tensor:
-        """int64 [B, N]: the sequence of each of block_number's blocks."""
-        return torch.arange(self.batch, device=self.past.device)[:, None].expand_as(self.block_number)
+        """int64 [B, N]: the sequence of each of `block`'s."""
+        return torch.arange(self.batch, device=self.past.device)[:, None].expand_as(self.block[1])
 
     @functools.cached_property
     def _block_place(self) -> dict[int, Tensor]:
         return {}
 
     def block_place(self, spare: int) -> Tensor:
-        """int64 [B, N]: block_number, or `spare` for what is not complete; worked out for the first layer that asks."""
+        """int64 [B, N]: the place of each of `block`'s, `spare` for what is not complete; for the first layer that asks."""
         if spare not in self._block_place:
-            self._block_place[spare] = torch.where(self.block_valid, self.block_number, spare)
+            _, number, complete = self.block
+            self._block_place[spare] = torch.where(complete, number, spare)
         return self._block_place[spare]
 
     @property
@@ -151,6 +166,11 @@ class Chunk:
         place = torch.arange(size, dtype=torch.int32, device=length.device)
         last = length[:, None] - 1
         return (last - torch.remainder(last - place, size)).clamp_(min=-1)
+
+
+def _places(width: int, geometry: Geometry) -> int:
+    """Tokens a sequence that phi compresses: pending ones and up to `width` new, in whole strides."""
+    return -(-(geometry.kernel_size - 1 + width) // geometry.kernel_stride) * geometry.kernel_stride
 
 
 def _blocks(length: Tensor, geometry: Geometry) -> Tensor:

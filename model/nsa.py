@@ -124,8 +124,7 @@ class NSA(nn.Module):
             k_win, v_win = rotate(self.k_win_norm(k_win), context.rotation), v_win.contiguous()
         chunk = context.chunk
         if cache is not None:
-            cache.append(k_slc, v, chunk)
-            k_cmp, v_cmp = cache.raw(k_cmp, v_cmp, chunk)
+            k_cmp, v_cmp = cache.store(k_slc, v, k_cmp, v_cmp, k_win, v_win, chunk)
         k_cmp = self.k_cmp_norm(self.k_phi(k_cmp, context.slots))  # [C, Hkv, Dqk]
         if context.slot_rotation is not None:
             k_cmp = rotate(k_cmp, context.slot_rotation)

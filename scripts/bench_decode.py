@@ -14,7 +14,7 @@ from pathlib import Path
 
 EXAMPLES = """examples:
   sieve bench decode --quick                                         64k, batch 8, one shape, no model
-  sieve bench decode --quick --sweep                                 tile sizes
+  sieve bench decode --quick --sweep                                 how the launches are cut, and with or without overlap
   sieve bench decode --shapes 64/4/192/128 --lengths 65536 --batches 1,8
   sieve bench decode --cpu                                           the code paths at toy sizes, no figures worth keeping
 Results are written after each row. Exit status: 1 where a shape was wrong (it is not timed), 2 without a GPU.
@@ -36,7 +36,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--models", default="small", help="shipped model configs, separated by commas, or none (default %(default)s)")
     add("--steps", type=int, default=64, help="of a whole model's decoding (default %(default)s)")
     add("--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)")
-    add("--sweep", action="store_true", help="time tile sizes and numbers of programs instead, without rivals and models")
+    add("--sweep", action="store_true", help="time how the launches may be cut instead, without rivals and models")
     add("--quick", action="store_true", help="64k, batch 8, the first shape, three rounds, no model")
     add("--cpu", action="store_true", help="run everything on the CPU at toy sizes, to see that it works")
     add("--out", type=Path, default=Path("benchmarks/decode"), help="folder of decode.json (default %(default)s)")
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     right = _checked(shapes, geometry, options, run)
     save()
     if not options.cpu:
-        from sieve.scripts.bench.decode_timing import sweep, time_layer
+        from sieve.scripts.bench.decode_timing import time_layer
         from sieve.scripts.bench.timing import measure_ceilings
 
         run["ceilings"] = vars(measure_ceilings())
@@ -152,8 +152,10 @@ def main(argv: list[str] | None = None) -> int:
                 for batch in options.batches:
                     case = (shape, geometry, tokens, batch)
                     if options.sweep:
-                        print(f"{shape}, {tokens} tokens, batch {batch}, microseconds", flush=True)
+                        from sieve.scripts.bench.decode_sweep import print_sweep, sweep
+
                         run["layers"].append(sweep(*case, options.rounds))
+                        print_sweep(run["layers"][-1:])
                     else:
                         run["layers"].append(time_layer(*case, options.rivals, options.rounds))
                     save()

@@ -44,6 +44,24 @@ def parts_of(pairs: int, tiles: int, programs: int) -> int:
     return max(1, min(programs // max(pairs, 1), tiles, MOST_PARTS))
 
 
+def heads_together(parts: int, most: int = 32) -> int:
+    """How many heads a program merges, a power of two, when each has `parts`: up to `most` rows of values."""
+    return max(1, most // triton.next_power_of_2(parts))
+
+
+@triton.jit
+def pair_of(pair, HEADS_KV: tl.constexpr):
+    """(sequence, KV head) of a pair, int64 both."""
+    return (pair // HEADS_KV).to(tl.int64), (pair % HEADS_KV).to(tl.int64)
+
+
+@triton.jit
+def heads_of(program, heads, HEADS: tl.constexpr):
+    """int [HEADS], the program's heads of `heads`; past the last it repeats that one, where ok is False."""
+    head = program * HEADS + tl.arange(0, HEADS)
+    return tl.minimum(head, heads - 1), head < heads
+
+
 @triton.jit
 def part_range(total, part, PARTS: tl.constexpr, KEYS: tl.constexpr):
     """[begin, end) of the keys [0, total) that part `part` takes: whole tiles, as evenly as they go."""
@@ -123,15 +141,16 @@ def store_part(
 def merged(
     o_ptr, stat_ptr, head, first, parts, COUNT: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """The attention output [WIDE] of one head from its parts [first, first + COUNT); 0 if none saw a key."""
-    part = tl.arange(0, PADDED)
-    column = tl.arange(0, WIDE)
-    at = head.to(tl.int64) * parts + first + part
-    top = tl.load(stat_ptr + 2 * at, mask=part < COUNT, other=float("-inf"))
-    total = tl.load(stat_ptr + 2 * at + 1, mask=part < COUNT, other=0.0)
-    highest = tl.max(top, 0)
-    scale = tl.where(total > 0.0, tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)), 0.0)
-    mask = (total > 0.0)[:, None] & (column < DIM)[None, :]
-    o = tl.load(o_ptr + (at * DIM)[:, None] + column[None, :], mask=mask, other=0.0)
-    weight = tl.sum(total * scale, 0)
-    return tl.sum(o * scale[:, None], 0) / tl.where(weight > 0.0, weight, 1.0)
+    """Attention outputs [HEADS, WIDE] of int [HEADS] `head` from their parts [first, first + COUNT); 0 if none saw a key."""
+    part = tl.arange(0, PADDED)[None, :]
+    column = tl.arange(0, WIDE)[None, None, :]
+    real = part < COUNT
+    at = head.to(tl.int64)[:, None] * parts + first + part
+    top = tl.load(stat_ptr + 2 * at, mask=real, other=float("-inf"))
+    total = tl.load(stat_ptr + 2 * at + 1, mask=real, other=0.0)
+    # A part that saw nothing holds zeros, so that no load waits for another.
+    o = tl.load(o_ptr + (at * DIM)[:, :, None] + column, mask=real[:, :, None] & (column < DIM), other=0.0)
+    highest = tl.max(top, 1)
+    scale = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+    weight = tl.sum(total * scale, 1)
+    return tl.sum(o * scale[:, :, None], 1) / tl.where(weight > 0.0, weight, 1.0)[:, None]

@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
+from sieve.kernels.common.launch import after_earlier, can_overlap, multiprocessors, overlap_options, unit_stride
 from sieve.kernels.common.split_keys import (
     Tile,
     decode_tile,
@@ -21,11 +22,11 @@ from sieve.kernels.common.split_keys import (
     fold,
     load_query,
     merged,
+    pair_of,
     part_range,
     parts_of,
     store_part,
 )  # fmt: skip
-from sieve.kernels.nsa.compress_tiles import multiprocessors, unit_stride
 
 
 @triton.jit(do_not_specialize=["places"])
@@ -34,12 +35,13 @@ def _attend(
     stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, stride_pb, stride_pn, places, factor,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     IN_ORDER: tl.constexpr, WINDOW: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hkv, PARTS). IN_ORDER: place p holds position p, so that what lies past the query is never looked at."""
     pair = tl.program_id(0)
     part = tl.program_id(1)
-    batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = (pair % HEADS_KV).to(tl.int64)
+    batch, kv_head = pair_of(pair, HEADS_KV)
+    after_earlier(OVERLAP)
     at = tl.load(query_ptr + batch)
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
     k_ptr += batch * stride_kb + kv_head * stride_kh
@@ -69,19 +71,25 @@ def _attend(
 
 
 @triton.jit
-def _merge(o_ptr, stat_ptr, out_ptr, PARTS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr):
+def _merge(
+    o_ptr, stat_ptr, out_ptr, PARTS: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):  # fmt: skip
     """Grid (B * H)."""
-    head = tl.program_id(0)
+    head = tl.program_id(0) + tl.arange(0, 1)
+    after_earlier(OVERLAP)
     out = merged(o_ptr, stat_ptr, head, 0, PARTS, PARTS, PADDED, DIM, WIDE)
-    column = tl.arange(0, WIDE)
-    tl.store(out_ptr + head.to(tl.int64) * DIM + column, out.to(out_ptr.dtype.element_ty), mask=column < DIM)
+    column = tl.arange(0, WIDE)[None, :]
+    at = out_ptr + (head.to(tl.int64) * DIM)[:, None] + column
+    tl.store(at, out.to(out_ptr.dtype.element_ty), mask=column < DIM)
 
 
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, query: Tensor, key: Tensor | None, *, scale: float, window: int | None = None,
-    tile: Tile | None = None, programs: int | None = None,
+    tile: Tile | None = None, programs: int | None = None, overlap: bool | None = None,
 ) -> Tensor:
-    """See sieve.kernels.full.decode, n = 1. programs: about how many run at once (None: two a multiprocessor)."""
+    """See sieve.kernels.full.decode, n = 1. programs: about how many run at once (None: two a multiprocessor).
+    overlap: the launches begin before those ahead of them end (None: where the device can)."""
     (B, n, H, Dqk), (_, Hkv, places, Dv) = q.shape, v.shape
     if n != 1:
         raise ValueError(f"q {list(q.shape)} has {n} tokens a sequence; the decode kernels take one")
@@ -90,6 +98,7 @@ def cached_attention(
     tile = tile or decode_tile(group, Dqk, Dv, q.dtype)
     most = places if window is None or key is not None else min(places, window)
     parts = parts_of(pairs, triton.cdiv(most, tile.keys), programs or 2 * multiprocessors(q.device))
+    overlap = can_overlap(q.device) if overlap is None else overlap
     q, query, k, v = q.contiguous(), query.contiguous(), unit_stride(k), unit_stride(v)
     o = q.new_empty((B * H, parts, Dv), dtype=torch.float32)
     stat = q.new_empty((B * H, parts, 2), dtype=torch.float32)
@@ -98,9 +107,10 @@ def cached_attention(
         q, k, v, query, query if key is None else key, o, stat, *k.stride()[:3], *v.stride()[:3],
         *(key.stride() if key is not None else (0, 0)), places, scale / math.log(2), HEADS_KV=Hkv, GROUP=group, D0=d0,
         D1=d1, E0=e0, E1=e1, IN_ORDER=key is None, WINDOW=window or 0, PARTS=parts, ROWS=tile.rows, KEYS=tile.keys,
-        **tile.options,
+        OVERLAP=overlap, **tile.options, **overlap_options(overlap),
     )  # fmt: skip
     _merge[(B * H,)](
-        o, stat, out, PARTS=parts, PADDED=triton.next_power_of_2(parts), DIM=Dv, WIDE=triton.next_power_of_2(Dv), num_warps=4
-    )
+        o, stat, out, PARTS=parts, PADDED=triton.next_power_of_2(parts), DIM=Dv, WIDE=triton.next_power_of_2(Dv),
+        OVERLAP=overlap, num_warps=4, **overlap_options(overlap),
+    )  # fmt: skip
     return out

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
+from sieve.kernels.common.launch import unit_stride
 from sieve.kernels.nsa.compress_tiles import (
     Tile,
     doc_slots,
@@ -19,7 +20,6 @@ from sieve.kernels.nsa.compress_tiles import (
     exponent,
     seen_of,
     slot_descriptors,
-    unit_stride,
     whole_slots,
 )
 from sieve.kernels.nsa.geometry import Geometry

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -64,16 +63,6 @@ def dkv_splits(programs: int) -> int:
     one run is enough, the size of k and v in fp32.
     """
     return max(1, min(32, 1024 // programs))
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """The kernels take any strides of tokens and heads, but the last must be 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def copyable(x: Tensor) -> Tensor:

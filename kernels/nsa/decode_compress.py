@@ -1,8 +1,9 @@
-"""Compression attention of one new token a sequence, its keys split among programs; scores are left for the top-n.
+"""Compression and window attention of one new token a sequence, their keys split among programs; scores are left.
 
 K_cmp and V_cmp are read once. The top-n needs weights of the whole softmax, whose sum is known only when all parts are
 done: what is left for it are the scores, fp32 [B, Hkv, group, C], an eighth of the bytes of K_cmp and V_cmp in bf16 at
-16 heads a group and d 128, and for the most part still in the L2 cache when the next kernel reads them.
+16 heads a group and d 128, and for the most part still in the L2 cache when the next kernel reads them. The window waits
+for nothing; in the same programs its keys are read at the same rate, and every program has as much to do as the others.
 """
 
 from __future__ import annotations
@@ -10,40 +11,60 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sieve.kernels.common.split_keys import empty_sum, fold, load_query, part_range, store_part
+from sieve.kernels.common.launch import after_earlier
+from sieve.kernels.common.split_keys import empty_sum, fold, load_query, pair_of, part_range, store_part
 from sieve.kernels.nsa.compress_tiles import seen_of
 
 
-@triton.jit(do_not_specialize=["slots", "parts"])
-def compress(
-    q_ptr, k_ptr, v_ptr, query_ptr, score_ptr, o_ptr, stat_ptr,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, slots, parts, factor,
+@triton.jit(do_not_specialize=["slots"])
+def compress_and_window(
+    q_ptr, k_cmp_ptr, v_cmp_ptr, k_win_ptr, v_win_ptr, query_ptr, score_ptr, o_ptr, stat_ptr,
+    k_cmp_b, k_cmp_h, k_cmp_n, v_cmp_b, v_cmp_h, v_cmp_n, k_win_b, k_win_h, k_win_n, v_win_b, v_win_h, v_win_n,
+    slots, factor,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, WINDOW: tl.constexpr,
+    CMP: tl.constexpr, WIN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv, PARTS). score [B * Hkv, GROUP, slots], of what the query sees, if it has blocks to choose from."""
+    """Grid (B * Hkv, max(CMP, WIN)), of which CMP programs have a part of the compressed keys and WIN one of the window's.
+
+    score [B * Hkv, GROUP, slots], of what the query sees, if it has blocks to choose from. Parts: CMP, then WIN.
+    """
     pair = tl.program_id(0)
     part = tl.program_id(1)
-    batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = (pair % HEADS_KV).to(tl.int64)
+    batch, kv_head = pair_of(pair, HEADS_KV)
+    after_earlier(OVERLAP)
     at = tl.load(query_ptr + batch)
-    seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
-    begin, end = part_range(seen, part, PARTS, KEYS)
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
-    k_ptr += batch * stride_kb + kv_head * stride_kh
-    v_ptr += batch * stride_vb + kv_head * stride_vh
-    row = tl.arange(0, ROWS)
-    s_at = score_ptr + ((pair * GROUP + row).to(tl.int64) * slots)[:, None]
-    kept = (row < GROUP) & (at // BLOCK >= TOPK)
-    acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
-    for first in range(begin, end, KEYS):
-        slot = first + tl.arange(0, KEYS)
-        visible = slot < end
-        place = slot.to(tl.int64)
-        acc0, acc1, top, total, s = fold(
-            acc0, acc1, top, total, q0, q1, k_ptr + place * stride_kn, v_ptr + place * stride_vn, visible, factor,
-            D0, D1, E0, E1,
-        )  # fmt: skip
-        tl.store(s_at + slot[None, :], s, mask=kept[:, None] & visible[None, :])
-    store_part(o_ptr, stat_ptr, pair * GROUP, part, parts, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
+    if part < CMP:
+        k_ptr = k_cmp_ptr + batch * k_cmp_b + kv_head * k_cmp_h
+        v_ptr = v_cmp_ptr + batch * v_cmp_b + kv_head * v_cmp_h
+        row = tl.arange(0, ROWS)
+        s_at = score_ptr + ((pair * GROUP + row).to(tl.int64) * slots)[:, None]
+        kept = (row < GROUP) & (at // BLOCK >= TOPK)
+        begin, end = part_range(tl.minimum(seen_of(at, KERNEL, STRIDE), slots), part, CMP, KEYS)
+        acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
+        for first in range(begin, end, KEYS):
+            slot = first + tl.arange(0, KEYS)
+            visible = slot < end
+            place = slot.to(tl.int64)
+            acc0, acc1, top, total, s = fold(
+                acc0, acc1, top, total, q0, q1, k_ptr + place * k_cmp_n, v_ptr + place * v_cmp_n, visible, factor,
+                D0, D1, E0, E1,
+            )  # fmt: skip
+            tl.store(s_at + slot[None, :], s, mask=kept[:, None] & visible[None, :])
+        store_part(o_ptr, stat_ptr, pair * GROUP, part, CMP + WIN, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
+    if part < WIN:
+        k_ptr = k_win_ptr + batch * k_win_b + kv_head * k_win_h
+        v_ptr = v_win_ptr + batch * v_win_b + kv_head * v_win_h
+        begin, end = part_range(WINDOW, part, WIN, KEYS)
+        acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
+        for first in range(begin, end, KEYS):
+            key = first + tl.arange(0, KEYS)
+            # Position p lies in place p % WINDOW: no list of positions that addresses would wait for.
+            visible = (key < end) & ((key <= at) | (at >= WINDOW))
+            place = key.to(tl.int64)
+            acc0, acc1, top, total, _ = fold(
+                acc0, acc1, top, total, q0, q1, k_ptr + place * k_win_n, v_ptr + place * v_win_n, visible, factor,
+                D0, D1, E0, E1,
+            )  # fmt: skip
+        store_part(o_ptr, stat_ptr, pair * GROUP, CMP + part, CMP + WIN, acc0, acc1, top, total, GROUP, E0, E1, ROWS)

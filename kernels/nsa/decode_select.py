@@ -1,8 +1,6 @@
-"""Equation 9, the window, the top-n and the selected blocks of one new token a sequence.
+"""The top-n of one new token a sequence from the heaviest blocks of every share, and attention to the chosen ones.
 
-`weigh_and_window` turns the scores into importances, in many programs, beside others that attend to the window, which
-waits for nothing. Then each program of `select` picks its pair's blocks, all those of a pair the same ones, which spares
-a launch, and attends to its share of them.
+All programs of a pair pick the same blocks, which spares a launch, and attend to a part of them each.
 """
 
 from __future__ import annotations
@@ -10,129 +8,91 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sieve.kernels.common.split_keys import empty_sum, fold, load_query, part_range, store_part
-from sieve.kernels.nsa.compress_tiles import seen_of
-from sieve.kernels.nsa.topk_rows import pick_blocks
+from sieve.kernels.common.launch import after_earlier
+from sieve.kernels.common.split_keys import (
+    empty_sum,
+    fold,
+    heads_of,
+    load_query,
+    merged,
+    pair_of,
+    part_range,
+    store_part,
+)
+from sieve.kernels.nsa.decode_weigh import ahead_of
 
 
 @triton.jit
-def _weigh(
-    score_ptr, stat_ptr, own_ptr, next_ptr, first_head, seen, slots, parts, first_block, step,
-    GROUP: tl.constexpr, A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, CMP: tl.constexpr,
-    CMP_PADDED: tl.constexpr, PADDED: tl.constexpr, SLOTS: tl.constexpr,
+def _rank(rank_ptr, place, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr):
+    """What candidates are chosen by: -1 in shares that begin after the query, where nothing was written."""
+    rank = tl.load(rank_ptr + place, mask=place < COUNT, other=-1)  # not masked by `current`, which it would wait for
+    return tl.where(place // KEPT * SHARE <= current, rank, -1)
+
+
+@triton.jit
+def _pick(
+    rank_ptr, block_ptr, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr,
+    WIDTH: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr,
 ):  # fmt: skip
-    """Store own and next (see scores_topk.py) of SLOTS / A_PADDED blocks from first_block on, and every `step` further."""
-    BLOCKS: tl.constexpr = SLOTS // A_PADDED
-    head = tl.arange(0, PADDED)
-    part = tl.arange(0, CMP_PADDED)
-    at = stat_ptr + 2 * ((first_head + head).to(tl.int64)[:, None] * parts + part[None, :])
-    ok = (head < GROUP)[:, None] & (part < CMP)[None, :]
-    top = tl.load(at, mask=ok, other=float("-inf"))
-    total = tl.load(at + 1, mask=ok, other=0.0)
-    highest = tl.max(top, 1)
-    shift = tl.where(highest == float("-inf"), 0.0, highest)
-    total = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
-    lse = tl.where(total > 0.0, shift + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
-    inside = tl.arange(0, A_PADDED)
-    own_weight = tl.where(inside < A, tl.minimum(A - inside, B), 0).to(tl.float32)[None, :]
-    next_weight = tl.where(inside < A, tl.maximum(inside - A + B, 0), 0).to(tl.float32)[None, :]
-    place = tl.arange(0, SLOTS) % A_PADDED
-    s_at = score_ptr + ((first_head + head).to(tl.int64) * slots)[:, None]
-    blocks = tl.cdiv(seen, A)
-    for first in range(first_block, blocks, step):
-        slot = (first + tl.arange(0, SLOTS) // A_PADDED) * A + place
-        mask = (head < GROUP)[:, None] & ((slot < seen) & (place < A))[None, :]
-        s = tl.load(s_at + slot[None, :], mask=mask, other=float("-inf"))
-        p = tl.reshape(tl.sum(tl.exp2(s - lse[:, None]), 0), [BLOCKS, A_PADDED])
-        block = first + tl.arange(0, BLOCKS)
-        tl.store(own_ptr + block, tl.sum(p * own_weight, 1), mask=block < blocks)
-        if B > 1:
-            tl.store(next_ptr + block + 1, tl.sum(p * next_weight, 1), mask=block < blocks)
+    """int32 [WIDTH]: the TOPK blocks of largest rank, of equals the lower block, ascending, then -1.
+
+    rank, block [COUNT]: KEPT blocks of each share, ascending, so that places order as blocks do; MINE of them are
+    compared with THEIRS at a time. A query with no more blocks than it may choose takes them all, whatever lies there.
+    """
+    order = tl.arange(0, WIDTH)
+    picked = tl.zeros([WIDTH], tl.int32)
+    before = 0
+    for first in tl.range(0, COUNT, MINE, num_stages=1):
+        place = first + tl.arange(0, MINE)
+        rank = _rank(rank_ptr, place, current, COUNT, KEPT, SHARE)
+        block = tl.load(block_ptr + place, mask=place < COUNT, other=-1)
+        ahead = tl.zeros([MINE], tl.int32)
+        for other in tl.range(0, COUNT, THEIRS, num_stages=1):
+            their_place = other + tl.arange(0, THEIRS)
+            ahead += ahead_of(_rank(rank_ptr, their_place, current, COUNT, KEPT, SHARE), their_place, rank, place)
+        chosen = ((ahead < TOPK) & (place < COUNT)).to(tl.int32)
+        position = before + tl.cumsum(chosen, 0) - chosen
+        here = (chosen > 0)[:, None] & (position[:, None] == order[None, :])
+        picked += tl.sum(tl.where(here, block[:, None], 0), 0)
+        before += tl.sum(chosen, 0)
+    picked = tl.where(current < TOPK, order, picked)
+    return tl.where((order < TOPK) & (order <= current), picked, -1)
 
 
-@triton.jit(do_not_specialize=["slots", "parts", "width"])
-def weigh_and_window(
-    q_ptr, k_ptr, v_ptr, query_ptr, score_ptr, rank_ptr, o_ptr, stat_ptr,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
-    slots, parts, width, factor,
-    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, PADDED: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, WINDOW: tl.constexpr,
-    A_PADDED: tl.constexpr, CMP: tl.constexpr, CMP_PADDED: tl.constexpr, WEIGH: tl.constexpr, WIN: tl.constexpr,
-    SLOTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    """Grid (B * Hkv, WIN + WEIGH). rank fp32 [B * Hkv, 2, width]: own and next; parts CMP .. CMP + WIN are the window's."""
-    pair = tl.program_id(0)
-    part = tl.program_id(1)
-    batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = (pair % HEADS_KV).to(tl.int64)
-    at = tl.load(query_ptr + batch)
-    if part < WIN:
-        q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
-        k_ptr += batch * stride_kb + kv_head * stride_kh
-        v_ptr += batch * stride_vb + kv_head * stride_vh
-        begin, end = part_range(WINDOW, part, WIN, KEYS)
-        acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
-        for first in range(begin, end, KEYS):
-            place = first + tl.arange(0, KEYS)
-            # Position p lies in place p % WINDOW: no list of positions that addresses would wait for.
-            visible = (place < end) & ((place <= at) | (at >= WINDOW))
-            row = place.to(tl.int64)
-            acc0, acc1, top, total, _ = fold(
-                acc0, acc1, top, total, q0, q1, k_ptr + row * stride_kn, v_ptr + row * stride_vn, visible, factor,
-                D0, D1, E0, E1,
-            )  # fmt: skip
-        store_part(o_ptr, stat_ptr, pair * GROUP, CMP + part, parts, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
-    elif at // BLOCK >= TOPK:
-        own_ptr = rank_ptr + pair.to(tl.int64) * (2 * width)
-        BLOCKS: tl.constexpr = SLOTS // A_PADDED
-        _weigh(
-            score_ptr, stat_ptr, own_ptr, own_ptr + width, pair * GROUP,
-            tl.minimum(seen_of(at, KERNEL, STRIDE), slots), slots, parts, (part - WIN) * BLOCKS, WEIGH * BLOCKS,
-            GROUP, BLOCK // STRIDE, A_PADDED, KERNEL // STRIDE, CMP, CMP_PADDED, PADDED, SLOTS,
-        )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["slots", "parts", "width"])
+@triton.jit
 def select(
-    q_ptr, k_ptr, v_ptr, query_ptr, rank_ptr, index_ptr, o_ptr, stat_ptr,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, slots, parts, width, factor,
+    q_ptr, k_ptr, v_ptr, query_ptr, rank_ptr, block_ptr, index_ptr, o_ptr, stat_ptr,
+    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, factor,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
-    TOPK: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr, BEFORE: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr,
+    BLOCK: tl.constexpr, TOPK: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, KEPT: tl.constexpr,
+    COUNT: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr, SLC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv, PARTS). index int32 [PARTS, B * Hkv, TOPK], all parts alike; BEFORE: other branches' parts."""
+    """Grid (B * Hkv, SLC). rank, block: see weigh_and_merge. index int32 [B * Hkv, TOPK]."""
     pair = tl.program_id(0)
     part = tl.program_id(1)
-    batch = (pair // HEADS_KV).to(tl.int64)
-    kv_head = (pair % HEADS_KV).to(tl.int64)
+    batch, kv_head = pair_of(pair, HEADS_KV)
+    after_earlier(OVERLAP)
     at = tl.load(query_ptr + batch)
-    current = at // BLOCK
-    # A query with no more candidates than it may choose takes them all, whatever they weigh.
-    seen = tl.where(current >= TOPK, tl.minimum(seen_of(at, KERNEL, STRIDE), slots), 0)
-    own_ptr = rank_ptr + pair.to(tl.int64) * (2 * width)
-    index_ptr += (part * tl.num_programs(0) + pair) * TOPK
-    one = tl.zeros([1], tl.int32)
-    pick_blocks(
-        own_ptr + one, own_ptr + width + one, index_ptr + one, current + one, seen + one, one == 0,
-        1, BLOCK // STRIDE, KERNEL > STRIDE, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
-    )  # fmt: skip
-    tl.debug_barrier()  # the indices were written by other threads than will read them
-
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
+    current = at // BLOCK
+    candidates = pair.to(tl.int64) * COUNT
+    picked = _pick(
+        rank_ptr + candidates, block_ptr + candidates, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS
+    )
+    order = tl.arange(0, WIDTH)
+    tl.store(index_ptr + pair * TOPK + order, picked, mask=(order < TOPK) & (part == 0))
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
-    begin, end = part_range(tl.minimum(current + 1, TOPK) * BLOCK, part, PARTS, KEYS)
+    begin, end = part_range(tl.minimum(current + 1, TOPK) * BLOCK, part, SLC, KEYS)
     acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
-    place = tl.arange(0, 2**LOG_WIDTH)
-    picked = tl.load(index_ptr + place, mask=place < TOPK, other=-1)
     for first in range(begin, end, KEYS):
         key = first + tl.arange(0, KEYS)
-        if BLOCK % KEYS == 0:  # from registers, so that the loads of several tiles can be under way
-            chosen = tl.sum(tl.where(place == first // BLOCK, picked, 0), 0)
+        # From registers, so that the loads of several tiles can be under way.
+        if BLOCK % KEYS == 0:
+            chosen = tl.sum(tl.where(order == first // BLOCK, picked, 0), 0)
         else:
-            chosen = tl.load(index_ptr + tl.minimum(key // BLOCK, TOPK - 1))
+            chosen = tl.sum(tl.where(order[:, None] == (key // BLOCK)[None, :], picked[:, None], 0), 0)
         token = chosen * BLOCK + key % BLOCK
         visible = (key < end) & (chosen >= 0) & (token <= at)
         row = token.to(tl.int64)
@@ -140,4 +100,21 @@ def select(
             acc0, acc1, top, total, q0, q1, k_ptr + row * stride_kn, v_ptr + row * stride_vn, visible, factor,
             D0, D1, E0, E1,
         )  # fmt: skip
-    store_part(o_ptr, stat_ptr, pair * GROUP, BEFORE + part, parts, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
+    store_part(o_ptr, stat_ptr, pair * GROUP, part, SLC, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
+
+
+@triton.jit(do_not_specialize=["heads"])
+def finish(
+    o_ptr, stat_ptr, gate_ptr, mix_ptr, out_ptr, heads, SLC: tl.constexpr, SLC_PADDED: tl.constexpr, DIM: tl.constexpr,
+    WIDE: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (heads / HEADS) of B * H heads: out = mix + the gate times the selected blocks' attention."""
+    head, ok = heads_of(tl.program_id(0), heads, HEADS)
+    column = tl.arange(0, WIDE)[None, :]
+    at = (head.to(tl.int64) * DIM)[:, None] + column
+    mask = ok[:, None] & (column < DIM)
+    after_earlier(OVERLAP)
+    gate = tl.load(gate_ptr + head * 3 + 1).to(tl.float32)
+    mix = tl.load(mix_ptr + at, mask=mask, other=0.0)
+    out = mix + gate[:, None] * merged(o_ptr, stat_ptr, head, 0, SLC, SLC, SLC_PADDED, DIM, WIDE)
+    tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.window_tiles import unit_stride
+from sieve.kernels.common.launch import unit_stride
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -55,12 +55,14 @@ class CompressedSlots:
     position: int32 [C], that token's position in its document: i * d for local block i.
     valid: bool [C], whether all kernel_size tokens lie in the document.
     chunk: bool [C], whether the slot's own kernel_stride tokens lie in the document.
+    any_filling: slots that hold no block may hold anything finite, since nobody reads them.
     """
 
     start: Tensor
     position: Tensor
     valid: Tensor
     chunk: Tensor
+    any_filling: bool = False
 
     @classmethod
     def of(cls, packing: Packing, kernel_size: int, kernel_stride: int) -> CompressedSlots:

@@ -98,7 +98,7 @@ class _Chunks(torch.autograd.Function):
 
 
 def compress(x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: PhiWeights) -> Tensor:
-    """x [T, Hkv, D] packed, before RoPE -> [C, Hkv, D] in slots; 0 in slots that hold no block.
+    """x [T, Hkv, D] packed, before RoPE -> [C, Hkv, D] in slots; 0 in slots that hold no block, or anything (see slots).
 
     The first layer is l/d products over the stride-d chunks, added with a shift: no overlapping copy of x is made.
     No gradient passes between documents. Raises ValueError when a weight's shape does not fit.
@@ -121,4 +121,5 @@ def compress(x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: Phi
             out = out + weights.b_in
         if weights.kind == "mlp":
             out = F.linear(F.silu(out), weights.w_out, weights.b_out)
-    return torch.where(slots.valid[:, None, None], out.transpose(0, 1), 0.0)
+    out = out.transpose(0, 1)
+    return out if slots.any_filling else torch.where(slots.valid[:, None, None], out, 0.0)

@@ -12,7 +12,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import copyable, multiprocessors
+from sieve.kernels.common.launch import multiprocessors
+from sieve.kernels.nsa.compress_tiles import copyable
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.runs_dq_hopper import runs_backward_q

@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.nsa.compress_tiles import Tile, exponent, multiprocessors, seen_of, slot_descriptors, unit_stride
+from sieve.kernels.common.launch import multiprocessors, unit_stride
+from sieve.kernels.nsa.compress_tiles import Tile, exponent, seen_of, slot_descriptors
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.topk_rows import pick_blocks

@@ -19,7 +19,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from sieve.kernels.nsa.compress_tiles import copyable, multiprocessors
+from sieve.kernels.common.launch import multiprocessors
+from sieve.kernels.nsa.compress_tiles import copyable
 from sieve.kernels.nsa.runs_launch import descriptor, fits, hopper
 from sieve.kernels.nsa.select_union import BlockUnion
 

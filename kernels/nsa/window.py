@@ -7,10 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sieve.kernels.common.launch import unit_stride
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.window_bwd import window_dkv, window_dq
 from sieve.kernels.nsa.window_fwd import window_attention_fwd
-from sieve.kernels.nsa.window_tiles import unit_stride
 
 
 @triton.jit(do_not_specialize=["rows"])

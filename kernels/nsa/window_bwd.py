@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sieve.kernels.common.descriptors import head_descriptors
 from sieve.kernels.common.dims import split_dim
+from sieve.kernels.common.launch import unit_stride
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.runs_launch import attend_dq, serves
-from sieve.kernels.nsa.window_tiles import Tile, dkv_tile, dq_tile, row_tile, unit_stride
+from sieve.kernels.nsa.window_tiles import Tile, dkv_tile, dq_tile, row_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from sieve.kernels.common.descriptors import head_descriptors
 from sieve.kernels.common.dims import split_dim
+from sieve.kernels.common.launch import unit_stride
 from sieve.kernels.nsa.layout import Packing
 from sieve.kernels.nsa.runs_launch import attend, serves
-from sieve.kernels.nsa.window_tiles import Tile, forward_tile, row_tile, unit_stride
+from sieve.kernels.nsa.window_tiles import Tile, forward_tile, row_tile
 
 
 @triton.jit

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -50,11 +49,6 @@ def dkv_tile(d_qk: int, d_v: int, dtype: torch.dtype) -> Tile:
     if d_qk + d_v <= 320:
         return Tile(64, 128, 8, 3)
     return Tile(64 if d_qk + d_v <= 384 else 32, 64, 8, 2)
-
-
-def unit_stride(x: Tensor) -> Tensor:
-    """The kernels take any strides but the last, which must be 1."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 @triton.jit

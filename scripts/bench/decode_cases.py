@@ -5,12 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.scripts.bench.cases import Shape
+
+if TYPE_CHECKING:  # it needs the package triton
+    from sieve.kernels.nsa.decode_tiles import DecodeTiles
 
 Call = Callable[[], object]
 RIVALS = ("triton", "cudnn", "cudnn-folded", "fa2", "fa2-folded", "fa4", "fa4-folded")
@@ -69,20 +73,17 @@ def entry_bytes(shape: Shape, itemsize: int = 2) -> int:
     return shape.kv_heads * (shape.d_qk + shape.d_v) * itemsize
 
 
-def ours(case: DecodeCase, **options: object) -> tuple[Call, dict[str, Call]]:
-    """The operator, and its launches one by one, which go on from what the ones before left: all have run once.
-
-    options: tile, programs.
-    """
+def ours(case: DecodeCase, tiles: DecodeTiles | None = None) -> tuple[Call, dict[str, Call]]:
+    """The operator, and its launches one by one, which go on from what the ones before left: all have run once."""
     from sieve.kernels.nsa.decode_triton import launches, nsa_decode
 
     args = (case.q, *case.kv, case.gates, case.query)
-    found = launches(*args, case.geometry, scale=case.scale, **options)
+    found = launches(*args, case.geometry, scale=case.scale, tiles=tiles)
     for call in found.calls.values():
         call()
 
     def whole() -> Tensor:
-        return nsa_decode(*args, case.window_key, case.longest, case.geometry, scale=case.scale, **options)[0]
+        return nsa_decode(*args, case.window_key, case.longest, case.geometry, scale=case.scale, tiles=tiles)[0]
 
     return whole, found.calls
 

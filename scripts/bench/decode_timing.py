@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import torch
 
-from sieve.kernels.common.split_keys import Tile, decode_tile
-from sieve.kernels.nsa.compress_tiles import multiprocessors
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.scripts.bench.cases import Shape
 from sieve.scripts.bench.decode_cases import Call, cache_entries, draw, entry_bytes, ours, rival
@@ -18,7 +14,7 @@ MOST_CACHES = 48
 CHAIN = 8  # steps of one cache in a graph where there are fewer
 
 
-def _graph(calls: list[Call]) -> Call:
+def in_graph(calls: list[Call]) -> Call:
     """Replays all calls from one CUDA graph."""
     for _ in range(2):  # compiles, and lets libraries choose
         for call in calls:
@@ -76,7 +72,7 @@ def time_layer(
     graphs: dict[str, Call] = {}
     for name, calls in made.items():
         try:
-            graphs[name] = _graph(calls * max(1, len(chain) // len(calls)))
+            graphs[name] = in_graph(calls * max(1, len(chain) // len(calls)))
         except Exception as error:
             errors[f"{name} in a graph"] = reason(error)
             torch.cuda.synchronize()
@@ -96,41 +92,6 @@ def caches_for(shape: Shape, geometry: Geometry, tokens: int, batch: int) -> int
     size = each * (tokens + tokens // geometry.kernel_stride + geometry.window_size)
     read = each * cache_entries(tokens, geometry)
     return max(1, min(MOST_CACHES, -(-COLD_BYTES // read), int(0.5 * torch.cuda.mem_get_info()[0] / size)))
-
-
-def sweep(shape: Shape, geometry: Geometry, tokens: int, batch: int, rounds: int) -> dict[str, object]:
-    """Times of the operator and of each launch, from CUDA graphs, by tile and by how many programs are aimed at."""
-    group = shape.heads // shape.kv_heads
-    table = decode_tile(group, shape.d_qk, shape.d_v, torch.bfloat16)
-    device = torch.device("cuda", torch.cuda.current_device())
-    options = [{"tile": table, "programs": n * multiprocessors(device)} for n in (2, 1, 3, 4, 6)]
-    options += [
-        {"tile": Tile(table.rows, keys, warps, stages), "programs": 2 * multiprocessors(device)}
-        for keys in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)
-        if (keys, warps, stages) != (table.keys, table.num_warps, table.num_stages)
-    ]
-    cases = [
-        draw(shape, [tokens] * batch, geometry, seed=seed) for seed in range(caches_for(shape, geometry, tokens, batch))
-    ]
-    with ThreadPoolExecutor(8) as pool:  # most of a first call is compilation; errors show again below
-        for future in [pool.submit(ours, cases[0], **option) for option in options]:
-            future.exception()
-    torch.cuda.synchronize()
-    row: dict[str, object] = {"shape": str(shape), "tokens": tokens, "batch": batch, "sweep": []}
-    for option in options:
-        name = f"keys {option['tile'].keys} warps {option['tile'].num_warps} stages {option['tile'].num_stages}"
-        name += f" programs {option['programs']}"
-        try:
-            made = [ours(case, **option) for case in cases]
-            graphs = {"nsa": _graph([whole for whole, _ in made])}
-            graphs |= {part: _graph([parts[part] for _, parts in made]) for part in made[0][1]}
-            timed = {part: t.median / len(cases) * 1e3 for part, t in time_calls(graphs, rounds, slice_ms=20.0).items()}
-        except Exception as error:  # a tile that does not compile or fit
-            print(f"  {name}: {reason(error)}", flush=True)
-            continue
-        row["sweep"].append({"options": name, "us": timed})
-        print(f"  {name}: " + ", ".join(f"{part} {us:.1f}" for part, us in timed.items()), flush=True)
-    return row
 
 
 def _each(times: dict[str, Timing], made: dict[str, list[Call]], chain: int) -> dict[str, Timing]:

@@ -5,6 +5,7 @@ A program, run with TRITON_INTERPRET unset: `python tests/kernels/sm90.py window
 is compiled instead of run.
 """
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -59,7 +60,7 @@ def resources(kernel) -> dict:
 
 
 def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs):
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg") if k in kwargs}
+    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if k in kwargs}
     values = dict(zip(function.arg_names, args)) | kwargs
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
@@ -104,15 +105,24 @@ def compile_window(*shape):
 
 def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     from sieve.kernels.full import decode_triton as full_decode
-    from sieve.kernels.nsa import decode_triton
+    from sieve.kernels.nsa import cache_triton, decode_triton
+    from sieve.kernels.nsa.decode_tiles import DecodeTiles
     from sieve.kernels.nsa.geometry import Geometry
 
     geometry = Geometry(32, 16, 64, 16, 1, 2, 512)
     shapes = [(1, 1, heads, d_qk)] + [(1, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
     tensors = [torch.zeros(s, dtype=dtype) for s in (*shapes, (1, 1, heads, 3))]
     query, key = torch.zeros(1, 1, dtype=torch.int32), torch.zeros(1, 512, dtype=torch.int32)
-    decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, programs=264)
-    full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264)
+    tiles = DecodeTiles.of(heads // kv_heads, d_qk, d_v, dtype, torch.device("cpu"))
+    # As many parts as eight sequences have on 132 multiprocessors.
+    tiles = dataclasses.replace(tiles, programs=33, select_programs=33, overlap=True)
+    decode_triton.nsa_decode(*tensors, query, key, capacity, geometry, scale=0.1, tiles=tiles)
+    full_decode.cached_attention(tensors[0], *tensors[3:5], query, None, scale=0.1, programs=264, overlap=True)
+    raw = [torch.zeros(1, kv_heads, 32, d, dtype=dtype) for d in (d_qk, d_v)]
+    new, block = ([torch.zeros(n, kv_heads, d, dtype=dtype) for d in (d_qk, d_v)] for n in (1, 2))
+    stores = [cache_triton.Stores(*new, *caches) for caches in (tensors[3:5], tensors[5:7], raw)]
+    cache_triton.store_token(query[0], *stores, geometry)
+    cache_triton.store_block(query[0], *block, *tensors[1:3], geometry)
 
 
 def compile_operator(*shape):

@@ -1,6 +1,7 @@
 """The decode benchmark's arithmetic, its arguments, and all of its code that needs no GPU, at toy sizes."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -76,3 +77,36 @@ def test_arguments(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert bench_decode.main([]) == 2
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_sweep_keeps_the_quickest_of_every_launch(monkeypatch, capsys):
+    """With made-up times: 32 keys are quickest at first, 8 warps for selection, shares of 32, and without overlap."""
+    pytest.importorskip("triton")
+    from sieve.scripts.bench import decode_sweep
+    from sieve.scripts.bench.timing import Timing
+
+    def ours(case, tiles):
+        if tiles.first.keys == 128 and tiles.first.num_stages == 4:
+            raise RuntimeError("out of resource: shared memory")
+        times = {"compression, window": tiles.first.keys / 10 + tiles.programs, "merge": 1.0, "weights": tiles.share or 128,
+                 "top-n, selection": 9 - tiles.select.num_warps}  # fmt: skip
+        return sum(times.values()) + tiles.overlap, times
+
+    monkeypatch.setattr(decode_sweep, "ours", ours)
+    monkeypatch.setattr(decode_sweep, "in_graph", lambda calls: calls[0])
+    monkeypatch.setattr(decode_sweep, "time_calls", lambda graphs, rounds, slice_ms: {
+        name: Timing(us / 1e3) for name, us in graphs.items()
+    })  # fmt: skip
+    monkeypatch.setattr(decode_sweep, "caches_for", lambda *case: 1)
+    monkeypatch.setattr(decode_sweep, "draw", lambda *args, seed: seed)
+    for name in ("synchronize", "current_device"):
+        monkeypatch.setattr(torch.cuda, name, lambda: 0)
+    monkeypatch.setattr(decode_sweep, "multiprocessors", lambda device: 2)
+    base = replace(decode_sweep.DecodeTiles.of(16, 128, 128, torch.bfloat16, torch.device("cpu")), overlap=True)
+    monkeypatch.setattr(decode_sweep.DecodeTiles, "of", lambda *args: base)
+    row = decode_sweep.sweep(Shape(64, 4, 128, 128), PAPER, 65_536, 8, 3)
+    assert row["best"][0].startswith("first: keys 32") and "warps 8" in row["best"][1] and row["best"][2] == "share 32"
+    assert row["sweep"][-4]["options"] == "best of each, launches not overlapped"
+    decode_sweep.print_sweep([row])
+    text = capsys.readouterr().out
+    assert "4 options: RuntimeError: out of resource" in text and "as it is" in text

@@ -1,6 +1,7 @@
 """The decode kernels against the decode reference in float64: lengths around every boundary, mixed, any heads."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ pytest.importorskip("triton")
 
 from sieve.kernels.nsa import decode_reference  # noqa: E402
 from sieve.kernels.nsa.decode import nsa_decode as decode  # noqa: E402
+from sieve.kernels.nsa.decode_tiles import DecodeTiles  # noqa: E402
 from sieve.kernels.nsa.decode_triton import nsa_decode  # noqa: E402
 from sieve.kernels.nsa.geometry import Geometry  # noqa: E402
 
@@ -44,10 +46,14 @@ def draw(lengths, geometry, heads=4, groups=2, d_qk=32, d_v=32, dtype=torch.floa
     return case
 
 
-def ours(case, **options):
-    options = {"programs": 3 * case.q.shape[0] * case.kv[0].shape[1]} | options  # three parts of each branch
+def ours(case, programs=None, share=16):
+    """By default in three parts of each branch, and shares of 16 blocks."""
+    heads, d_qk, (_, groups, _, d_v) = case.q.shape[2], case.q.shape[3], case.kv[3].shape
+    programs = programs or 3 * case.q.shape[0] * groups
+    tiles = DecodeTiles.of(heads // groups, d_qk, d_v, case.q.dtype, case.q.device)
+    tiles = replace(tiles, programs=programs, select_programs=programs, share=share)
     return nsa_decode(case.q, *case.kv, case.gates, case.query, case.window_key, case.longest, case.geometry,
-                      scale=case.scale, **options)  # fmt: skip
+                      scale=case.scale, tiles=tiles)  # fmt: skip
 
 
 def reference(case, dtype=torch.float64):
@@ -125,6 +131,29 @@ def test_largest_group(device, poison):
 @pytest.mark.parametrize("programs", [1, 8, 1000])
 def test_any_number_of_parts(programs, device, poison):
     check(draw([250, 40], TOY, device=device), programs=programs)
+
+
+@pytest.mark.parametrize("geometry", [TOY, THREE], ids=["toy", "three"])
+def test_any_share_chooses_the_same(geometry, device, poison):
+    """The last with the size that is taken by default."""
+    case = draw([700, 640, 30], geometry, device=device)
+    found = [ours(case, share=share) for share in (16, 32, 256, None)]
+    check(case, share=256)
+    for out, indices in found[1:]:
+        assert torch.equal(indices, found[0][1])
+        torch.testing.assert_close(out, found[0][0], rtol=1e-5, atol=1e-6)
+
+
+def test_more_blocks_chosen_than_a_share_has(device, poison):
+    case = draw([700, 330, 100], Geometry(8, 4, 16, topk=20, init_blocks=1, local_blocks=2, window_size=24), device=device)
+    out, indices = check(case)
+    assert (indices[0] >= 0).all() and indices[2, 0, 0].tolist() == [*range(7), *[-1] * 13]
+
+
+def test_twice_the_same(device, poison):
+    case = draw([333, 40], TOY, 16, 2, device=device, dtype=torch.float16)
+    (a, i), (b, j) = ours(case), ours(case)
+    assert torch.equal(a, b) and torch.equal(i, j)
 
 
 def test_exact_ties_fall_as_in_the_reference(device, poison):

@@ -1,5 +1,7 @@
 """phi against a loop over blocks written from equation 7, and what it must not mix."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ from sieve.kernels.nsa.phi import PhiWeights, compress
 
 D, HKV, HIDDEN = 3, 2, 5
 LENGTHS = [5, 0, 1, 33, 0, 64, 1, 7, 8, 12, 3]
+NAMES = ("position", "w_in", "b_in", "w_out", "b_out")
 SHAPES = [(8, 4), (4, 4), (12, 4), (6, 3)]
 
 
@@ -31,7 +34,7 @@ def weights(kind, l, rng, biases=True):
 
 
 def leaves(w):
-    return [x for x in (w.position, w.w_in, w.b_in, w.w_out, w.b_out) if x is not None]
+    return [getattr(w, name) for name in NAMES if getattr(w, name) is not None]
 
 
 def naive(x, lengths, l, d, w):
@@ -70,12 +73,22 @@ def test_blocks_and_gradients(packed, kind, l, d, biases):
 
 
 @pytest.mark.parametrize("kind", ["mlp", "linear", "mean"])
+def test_where_nobody_reads_slots_without_a_block_the_others_are_the_same(packed, kind):
+    rng = torch.Generator().manual_seed(4)
+    slots = CompressedSlots.of(packed([12, 8, 4, 22]), 8, 4)
+    assert not slots.valid.all()
+    x, w = torch.randn(46, HKV, D, dtype=torch.float64, generator=rng), weights(kind, 8, rng)
+    plain, other = (compress(x, s, geometry(8, 4), w) for s in (slots, replace(slots, any_filling=True)))
+    assert torch.equal(plain[slots.valid], other[slots.valid]) and other.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["mlp", "linear", "mean"])
 def test_gradcheck(packed, kind):
     rng = torch.Generator().manual_seed(1)
     slots = CompressedSlots.of(packed([11, 3, 9]), 4, 2)
     x = torch.randn(23, HKV, D, dtype=torch.float64, generator=rng).requires_grad_()
     w = weights(kind, 4, rng)
-    names = [n for n in ("position", "w_in", "b_in", "w_out", "b_out") if getattr(w, n) is not None]
+    names = [n for n in NAMES if getattr(w, n) is not None]
 
     def run(x, *values):
         return compress(x, slots, geometry(4, 2), PhiWeights(kind, **dict(zip(names, values))))

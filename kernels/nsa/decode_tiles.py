@@ -1,0 +1,51 @@
+"""How the decode launches of one layer are cut: tiles, numbers of parts, shares. Defaults live in `DecodeTiles.of`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sieve.kernels.common.launch import can_overlap, multiprocessors
+from sieve.kernels.common.split_keys import Tile, decode_tile
+
+MOST_SHARE = 256  # blocks that one program can compare with one another in registers
+WEIGHED = 1024  # scores that one warp holds
+# Registers of a program that weighs all heads of a group at once: three programs of eight warps fit on a multiprocessor.
+WEIGH_REGISTERS = 80
+
+
+@dataclass(frozen=True)
+class DecodeTiles:
+    """first: of compression and window; select: of the selected blocks.
+
+    programs, select_programs: about how many of those launches' run at once. share: blocks that one program weighs, a
+    power of two up to MOST_SHARE; None: see `share_of`. overlap: launches begin before those ahead of them end.
+    """
+
+    first: Tile
+    select: Tile
+    programs: int
+    select_programs: int
+    share: int | None
+    overlap: bool
+
+    @classmethod
+    def of(cls, group: int, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device) -> DecodeTiles:
+        tile, programs = decode_tile(group, d_qk, d_v, dtype), 2 * multiprocessors(device)
+        return cls(tile, tile, programs, programs, None, can_overlap(device))
+
+
+def share_of(blocks: int, kept: int) -> int:
+    """About sqrt(blocks * kept): as many blocks to compare in a share as there are then left of all shares."""
+    return min(MOST_SHARE, max(16, 1 << ((blocks * kept).bit_length() - 1) // 2))
+
+
+def heads_weighed(group: int, share: int, slots: int) -> int:
+    """How many heads of a group a program weighs at once, a power of two, when each block of its share has `slots` scores."""
+    padded = 1 << (group - 1).bit_length()
+    return max(1, min(padded, weigh_warps(share) * WEIGHED // (share * slots)))
+
+
+def weigh_warps(share: int) -> int:
+    return 8 if share <= 128 else 16

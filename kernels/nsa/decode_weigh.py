@@ -1,0 +1,126 @@
+"""Equation 9 of one new token a sequence, and of every share of the blocks its heaviest; beside it, two branches merged.
+
+The n heaviest blocks of all are among the n heaviest of each share, so the kernel that attends to them has few left to
+choose from. Among at most a few hundred, a block's place is how many come before it, all counted at once: next to no step
+waits for another, where a sorting network of 2048 has some fifty that do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sieve.kernels.common.launch import after_earlier
+from sieve.kernels.common.split_keys import heads_of, merged
+from sieve.kernels.nsa.compress_tiles import seen_of
+
+FORCED = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def ahead_of(theirs, their_place, rank, place):
+    """int32 [N]: how many of `theirs` [M] come before each of `rank` [N]: the larger, of equals those in lower places."""
+    larger = theirs[:, None] > rank[None, :]
+    equal = (theirs[:, None] == rank[None, :]) & (their_place[:, None] < place[None, :])
+    return tl.sum((larger | equal).to(tl.int32), 0)
+
+
+@triton.jit
+def _importance(
+    score_ptr, stat_ptr, first_head, first_block, seen, slots,
+    GROUP: tl.constexpr, A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, B_PADDED: tl.constexpr,
+    SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, CMP: tl.constexpr, CMP_PADDED: tl.constexpr,
+):  # fmt: skip
+    """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before."""
+    inside = tl.arange(0, SHARE * A_PADDED) % A_PADDED
+    slot = (first_block + tl.arange(0, SHARE * A_PADDED) // A_PADDED) * A + inside
+    live = (inside < A) & (slot < seen)
+    edge_slot = first_block * A - (B - 1) + tl.arange(0, B_PADDED)  # of the block before the share
+    edge_live = (tl.arange(0, B_PADDED) < B - 1) & (edge_slot >= 0) & (edge_slot < seen)
+    weight = tl.zeros([SHARE * A_PADDED], tl.float32)
+    edge_weight = tl.zeros([B_PADDED], tl.float32)
+    part = tl.arange(0, CMP_PADDED)[None, :]
+    # What lies past `seen` is read and dropped: a mask that may end anywhere would make wide loads narrow ones.
+    for first in tl.range(0, GROUP, STEP, num_stages=1):
+        head = first + tl.arange(0, STEP)
+        ok = (head < GROUP)[:, None]
+        s_at = score_ptr + ((first_head + head).to(tl.int64) * slots)[:, None]
+        s = tl.load(s_at + slot[None, :], mask=ok & (slot < slots)[None, :], other=float("-inf"))
+        s = tl.where(live[None, :], s, float("-inf"))
+        edge = tl.load(s_at + edge_slot[None, :], mask=ok & edge_live[None, :], other=float("-inf"))
+        at = stat_ptr + 2 * ((first_head + head).to(tl.int64)[:, None] * PARTS + part)
+        top = tl.load(at, mask=ok & (part < CMP), other=float("-inf"))
+        total = tl.load(at + 1, mask=ok & (part < CMP), other=0.0)
+        highest = tl.max(top, 1)
+        shift = tl.where(highest == float("-inf"), 0.0, highest)
+        total = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
+        lse = tl.where(total > 0.0, shift + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
+        weight += tl.sum(tl.exp2(s - lse[:, None]), 0)
+        edge_weight += tl.sum(tl.exp2(edge - lse[:, None]), 0)
+    counted = tl.where(inside < A, tl.minimum(A - inside, B), 0).to(tl.float32)
+    found = tl.sum(tl.reshape(weight * counted, [SHARE, A_PADDED]), 1)
+    if B > 1:  # slot A - B + 1 + m of a block counts m + 1 times for the next one
+        m = tl.arange(0, SHARE * B_PADDED) % B_PADDED
+        block = tl.arange(0, SHARE * B_PADDED) // B_PADDED
+        before = tl.gather(weight, tl.maximum(block - 1, 0) * A_PADDED + A - B + 1 + tl.minimum(m, B - 2), 0)
+        before = tl.where((block > 0) & (m < B - 1), before * (m + 1).to(tl.float32), 0.0)
+        found += tl.sum(tl.reshape(before, [SHARE, B_PADDED]), 1)
+        edge_sum = tl.sum(edge_weight * (tl.arange(0, B_PADDED) + 1).to(tl.float32), 0)
+        found += tl.where(tl.arange(0, SHARE) == 0, edge_sum, 0.0)
+    return found
+
+
+@triton.jit(do_not_specialize=["pairs"])
+def weigh_and_merge(
+    query_ptr, score_ptr, o_ptr, stat_ptr, gate_ptr, rank_ptr, block_ptr, mix_ptr, slots, pairs,
+    HEADS_KV: tl.constexpr, GROUP: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
+    INIT: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, A_PADDED: tl.constexpr, B_PADDED: tl.constexpr,
+    SHARE: tl.constexpr, CHUNK: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr,
+    CMP: tl.constexpr, CMP_PADDED: tl.constexpr, WIN: tl.constexpr, WIN_PADDED: tl.constexpr,
+    DIM: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Grid (pairs * SHARES + pairs * GROUP / HEADS), pairs being B * Hkv.
+
+    rank, block int32 [pairs, SHARES, KEPT]: the KEPT heaviest blocks of each share of SHARE in ascending order, and what
+    they are chosen by: importance, whose bits order as it does since it is not negative, the largest number where forced,
+    -1 in the query's future. Written only where the query has blocks to choose from and is past the share's first.
+    mix fp32 [B * H, DIM]: compression and window attention, weighed by their gates.
+    """
+    program = tl.program_id(0)
+    after_earlier(OVERLAP)
+    if program < pairs * SHARES:
+        pair = program // SHARES
+        at = tl.load(query_ptr + pair // HEADS_KV)
+        current = at // BLOCK
+        first = program % SHARES * SHARE
+        if (current >= TOPK) & (first <= current):
+            block = first + tl.arange(0, SHARE)
+            seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
+            importance = _importance(
+                score_ptr, stat_ptr, pair * GROUP, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
+                KERNEL // STRIDE, B_PADDED, SHARE, STEP, CMP + WIN, CMP, CMP_PADDED,
+            )  # fmt: skip
+            forced = (block < INIT) | (block > current - LOCAL)
+            rank = tl.where(forced, FORCED, importance.to(tl.int32, bitcast=True))
+            rank = tl.where(block <= current, rank, -1)
+            # Gathered, since tensors as `_importance` leaves them would be compared with a row in each thread: few rows
+            # a thread, and few at a time, are what its registers hold.
+            local = tl.arange(0, SHARE)
+            mine = tl.gather(rank, local, 0)
+            ahead = tl.zeros([SHARE], tl.int32)
+            for begin in tl.static_range(0, SHARE, CHUNK):
+                other = begin + tl.arange(0, CHUNK)
+                ahead += ahead_of(tl.gather(rank, other, 0), other, mine, local)
+            kept = ahead < KEPT
+            place = program.to(tl.int64) * KEPT + tl.cumsum(kept.to(tl.int32), 0) - 1
+            tl.store(rank_ptr + place, mine, mask=kept)
+            tl.store(block_ptr + place, first + local, mask=kept)
+    else:
+        head, ok = heads_of(program - pairs * SHARES, pairs * GROUP, HEADS)
+        o_cmp = merged(o_ptr, stat_ptr, head, 0, CMP + WIN, CMP, CMP_PADDED, DIM, WIDE)
+        o_win = merged(o_ptr, stat_ptr, head, CMP, CMP + WIN, WIN, WIN_PADDED, DIM, WIDE)
+        mix = tl.load(gate_ptr + head * 3).to(tl.float32)[:, None] * o_cmp
+        mix += tl.load(gate_ptr + head * 3 + 2).to(tl.float32)[:, None] * o_win
+        column = tl.arange(0, WIDE)[None, :]
+        mix_at = mix_ptr + (head.to(tl.int64) * DIM)[:, None] + column
+        tl.store(mix_at, mix, mask=ok[:, None] & (column < DIM))
