@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 Key = tuple[torch.Size, torch.dtype]
+
+# Inputs on their way to the host at once. Each is held until the computation has waited for its copy: the allocator could give
+# its memory to nobody before if it were told to watch the copy's stream, since the host is far ahead of the device.
+LEAVING = 2
 
 
 class Offload:
@@ -31,6 +35,7 @@ class Offload:
         self.streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if cuda else None  # to the host, from it
         self.free: defaultdict[Key, list[tuple[Tensor, torch.cuda.Event | None]]] = defaultdict(list)
         self.last: weakref.ref[_Kept] | None = None  # of the layer before
+        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
 
     @contextlib.contextmanager
     def keep(self, x: Tensor) -> Iterator[None]:
@@ -49,6 +54,14 @@ class Offload:
             yield
         if kept is not None:
             kept.before, self.last = self.last, weakref.ref(kept)
+        self.let_go(LEAVING)
+
+    def let_go(self, but: int) -> None:
+        """Of inputs that were to leave, all `but` so many, as soon as the present stream's work gets here."""
+        while len(self.leaving) > but:
+            x, copied = self.leaving.popleft()
+            torch.cuda.current_stream(x.device).wait_event(copied)
+            del x
 
     def buffer(self, x: Tensor) -> Tensor:
         """Room on the host for `x`; what was read from it before has been, where the stream to the host gets there."""
@@ -77,10 +90,11 @@ class _Kept:
         out.wait_stream(torch.cuda.current_stream(x.device))
         with torch.cuda.stream(out), torch.no_grad():
             self.host.copy_(x, non_blocking=True)
-        x.record_stream(out)  # its memory is not given to others before it has been copied
+        offload.leaving.append((x.detach(), out.record_event()))
 
     def fetch(self) -> Tensor:
         """The input, on its device; the layer below's is on its way from then on."""
+        self.offload.let_go(0)
         self._start()
         found, self._fetched = self._fetched, None
         if self._read is not None:
@@ -102,9 +116,9 @@ class _Kept:
         back.wait_stream(out)
         with torch.cuda.stream(back), torch.no_grad():
             self._fetched.copy_(self.host, non_blocking=True)
-        self._fetched.record_stream(back)
-        self._read = torch.cuda.Event()
-        self._read.record(back)
+        self._read = back.record_event()
 
     def __del__(self) -> None:
+        if self._fetched is not None and self._read is not None:  # for nothing: its memory is still being written to
+            torch.cuda.current_stream(self.device).wait_event(self._read)
         self.offload.free[self.host.shape, self.host.dtype].append((self.host, self._read))
