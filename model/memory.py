@@ -188,13 +188,18 @@ def loss_chunk(loss: LossConfig, vocab: int, hidden: int, tokens: int) -> int:
 def states(parameters: int, *, stage: int, ranks: int, size: int, bucket: int) -> dict[str, int]:
     """Bytes a rank holds for `parameters` under ZeRO `stage` (arXiv 1910.02054) in Sieve's settings of DeepSpeed: weights,
     fp32 masters (stage 0: the weights are), gradients accumulated in fp32, Adam's two moments in fp32; bucket: elements
-    that are reduced at once; gathered: weights that stage 3 has collected, at most."""
-    part = math.ceil(parameters / ranks)
+    that are reduced at once; gathered: weights that stage 3 has collected, at most. At stage 1 DeepSpeed's optimizer for
+    bf16 (size 2) keeps all gradients, the one for fp32 a part; that at stage 2 keeps a part beside what it is added to.
+    What a parameter larger than the bucket takes more is left out."""
+    part, rounded = math.ceil(parameters / ranks), size < FLOAT
+    gradients = parameters if stage == 0 or rounded and stage == 1 else part
+    if stage == 2 and not rounded:
+        gradients *= 2
     buckets = FLOAT * bucket if stage == 3 else FLOAT * min(bucket, parameters) if stage and ranks > 1 else 0
     return {
         "weights": size * (part if stage == 3 else parameters),
         "masters": FLOAT * part if stage else 0,
-        "gradients": FLOAT * (part if stage >= 2 else parameters),
+        "gradients": FLOAT * gradients,
         "moments": 2 * FLOAT * (part if stage else parameters),
         "buckets": buckets,
         "gathered": size * min(parameters, GATHERED) if stage == 3 and ranks > 1 else 0,

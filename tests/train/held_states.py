@@ -1,5 +1,6 @@
 """How many bytes of tensors a training step holds, as JSON: python held_states.py DTYPE STAGE BUCKET, or under torchrun."""
 
+import dataclasses
 import gc
 import json
 import sys
@@ -9,6 +10,8 @@ import torch
 
 from sieve.scripts.bench import training_case
 from sieve.train.loop import train_step
+
+VOCAB = 512  # no parameter is much larger than the buckets
 
 
 def live() -> dict[int, torch.Tensor]:
@@ -30,30 +33,35 @@ def count(before: set[int]) -> dict[str, int]:
 def main(dtype: str, stage: str, bucket: str) -> None:
     warnings.filterwarnings("ignore")
     before = set(live())
-    own = training_case.deepspeed_config
-    training_case.deepspeed_config = lambda zero, **rest: own(zero, **rest | {"world_size": world})
+    told = training_case.deepspeed_config
+    training_case.deepspeed_config = lambda zero, **rest: told(zero, **rest | {"world_size": world})
     place = training_case.Place.of("cpu")
     world = place.world_size
     case = training_case.Case([
-        "model=tiny", "model.moe=null", "attention=full", "seq_len=64", f"global_batch={world}", "device=cpu", "steps=100",
+        "model=tiny", "model.moe=null", "attention=full", "seq_len=64", f"global_batch={2 * world}", "device=cpu", "steps=100",
         f"dtype={dtype}", f"zero={stage}", f"zero.bucket_size={bucket}", "loss.chunk_size=64",
-    ], 4096, 1)
+    ], VOCAB, 1)
     moments = []
 
     def step() -> None:
-        batches = next(case.steps)
-        batches.batches = batches.batches[:1]  # this rank's
-        train_step(case.run, case.engine, batches, case.place, case.ledger.guard, False)
+        whole = next(case.steps)
+        own = dataclasses.replace(whole, micro_batches=whole.micro_batches[:2])
+        train_step(case.run, case.engine, own, case.place, case.ledger.guard, False)
 
     step()  # the moments are made here
-    # The end of the backward, before gradients are reduced, and the moment before the update.
+    # The ends of both backwards, before their gradients are reduced, and the moment before the update.
     engine = case.engine._engine
     epilogue = engine._backward_epilogue
-    engine._backward_epilogue = lambda: (moments.append(count(before)), epilogue())[1]
+
+    def at_the_end() -> None:
+        moments.append(count(before))
+        epilogue()
+
+    engine._backward_epilogue = at_the_end
     case.engine.before_update = lambda: moments.append(count(before))
     step()
     if place.rank == 0:
-        assert len(moments) == 2
+        assert len(moments) == 3
         print(json.dumps(max(moments, key=lambda m: m["bytes"]) | {"parameters": case.parameters.total}))
     case.close()
 

@@ -38,18 +38,18 @@ def check(ranks: int, dtype: str, stage: int) -> None:
     gathered, total = formula.pop("gathered"), sum(formula.values())
     rounded = growing(P, stage=stage, ranks=1, size=size)
     assert 0.96 * (total + rounded) <= found["bytes"] <= 1.05 * (total + rounded) + gathered, (found, formula, rounded)
-    if dtype == "bf16" and stage < 3:  # weights and rounded gradients are all that is bf16
+    if dtype == "bf16" and stage == 1:  # weights and rounded gradients are all that is bf16
         assert found["bf16"] == pytest.approx(formula["weights"] + rounded, rel=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("bf16", 1), ("bf16", 2), ("bf16", 3)])
+@pytest.mark.parametrize(("dtype", "stage"), [("bf16", 1), ("bf16", 2)])
 def test_one_rank_holds_what_the_formula_says(dtype, stage):
     check(1, dtype, stage)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 1), ("fp32", 2), ("fp32", 3)])
-def test_one_rank_in_fp32(dtype, stage):
+@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 3)])
+def test_one_rank_of_the_other_kinds(dtype, stage):
     check(1, dtype, stage)
 
 
