@@ -91,7 +91,7 @@ def _overrides(options: argparse.Namespace, case: dict[str, Any], cuda: bool) ->
     return [*found, *options.settings]
 
 
-def _run(job: dict[str, Any], limit: float) -> dict[str, Any]:
+def run_case(job: dict[str, Any], limit: float) -> dict[str, Any]:
     """A case in a process of its own: what it reports, or what became of it."""
     with tempfile.TemporaryDirectory() as folder:
         job = job | {"out": f"{folder}/result.json"}
@@ -123,7 +123,7 @@ def _measure(options: argparse.Namespace, case: dict[str, Any], cuda: bool) -> d
         name = f"{case['model']}-{case['attention'].replace(':', '-')}-{case['length']}-{case['compile']}"
         profile = None if options.no_profile else str(options.out / "profile" / name)
         began = time.perf_counter()
-        found = row | {"settings": settings} | _run(
+        found = row | {"settings": settings} | run_case(
             {"what": "measure", "overrides": settings, "vocab": options.vocab, "documents": options.documents,
              "warmup": options.warmup, "steps": options.steps, "seconds": options.seconds, "profile": profile},
             options.limit,
@@ -145,7 +145,7 @@ def _check_losses(options: argparse.Namespace, case: dict[str, Any], cuda: bool)
         settings = [*_overrides(options, row, cuda), *extra]
         job = {"what": "losses", "overrides": settings, "vocab": options.vocab, "documents": options.documents,
                "steps": options.check_losses}
-        found[way] = _run(job, options.limit) | {"settings": settings}
+        found[way] = run_case(job, options.limit) | {"settings": settings}
     if all("losses" in found[way] for way in ways):
         base = found["plain"]["losses"]
         for way in ("fast", "plain, other micro-batches"):

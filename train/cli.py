@@ -16,7 +16,7 @@ COMMANDS = {
     "eval": ("sieve.train.evaluate", "measure a trained model: loss, needle, recall, NSA's health, lm-eval"),
     "tokenizer": ("sieve.scripts.train_tokenizer", "train a tokenizer, measure it, export it to transformers"),
     "prepare": ("sieve.scripts.prepare_data", "tokenize text into shards to train from"),
-    "plan": ("sieve.train.plan", "parameters, FLOPs and memory of a run, on paper"),
+    "plan": ("sieve.scripts.plan", "parameters, FLOPs, memory and speed of a run, on paper and measured"),
     "export": ("sieve.train.export", "write a checkpoint's weights in transformers' layout"),
     "bench": ("sieve.scripts.bench.command", "measure attention kernels, training steps, reading or preparing data"),
 }

@@ -1,115 +1,181 @@
-"""`sieve plan`: parameters, FLOPs and memory of a run before it is started, on paper."""
+"""A run on paper: parameters, FLOPs, memory and speed of what `sieve train` would do, before anything is built."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
+from typing import Any, Literal
 
 from pydantic import Field
 
-from sieve.train.command import describe_keys, run_command
+from sieve.data.phases import Phase
+from sieve.model.count import count_parameters, dense_flops_per_token, flops_per_token
+from sieve.model.memory import KEEP, activations, growing, loss_chunk, states, workspace
 from sieve.train.config import RunConfig
+from sieve.train.gpus import ATTENTION, GPUS, Gpu
+from sieve.train.metrics import mfu, peak_flops
+from sieve.train.predict import ASSUMPTIONS, Setup, bus_rate, step_seconds
 
-USAGE = """\
-usage: sieve plan [gpus=N] [gpu_memory_gb=G] [KEY=VALUE | GROUP=CHOICE ...] [--cfg job] [--help]
-
-Parameters, FLOPs a token and memory a rank of what `sieve train` would do with the same overrides. Nothing is built.
-The vocabulary is tokenizer.vocab_size.
-
-  sieve plan model=1b attention=nsa dtype=bf16 seq_len=8192 gpus=8
-  sieve plan model=nsa-27b attention=nsa dtype=bf16 gpus=64 seq_len=8192 tokenizer.vocab_size=102400
-"""
 GB = 1e9
+DAY = 86400.0
+MEMORY_ASSUMPTIONS = (
+    "memory: Triton's NSA and FlashAttention, one document a row; the CUDA context, fragmentation and NCCL's buffers are left "
+    "out; what compiled layers keep as inductor's partitioner decides (at zero=3 they are not compiled)",
+    "stage 3: gathered weights up to DeepSpeed's limit of 1e9 elements",
+)
 
 
 class PlanConfig(RunConfig):
     """What `sieve plan` takes: a run, and the machine it is to run on."""
 
     gpus: int = Field(1, gt=0, description="ranks the run is to have")
-    gpu_memory_gb: float = Field(141.0, gt=0, description="of one GPU, in 1e9 bytes; an H200 has 141, an H100 80")
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0, or 2 after a message for a user's mistake."""
-    return run_command("sieve plan", sys.argv[1:] if argv is None else argv, load=_load, run=run, help_text=help_text)
-
-
-def help_text() -> str:
-    return describe_keys(USAGE, PlanConfig, "config")
-
-
-def _load(overrides: list[str]) -> PlanConfig:
-    from sieve.train.overrides import load
-
-    return load(PlanConfig, "config", overrides, PlanConfig.of)
-
-
-def run(config: PlanConfig) -> int:
-    """Print the plan of each phase."""
-    from sieve.model.count import count_parameters, dense_flops_per_token, flops_per_token
-
-    vocab = config.tokenizer.vocab_size
-    count = count_parameters(config.model, config.attention, vocab)
-    print(f"parameters: {count.total:,} total, {count.active:,} active")
-    print("  " + ", ".join(f"{part} {number:,}" for part, number in count.by_part.items() if number))
-    for phase in config.phases:
-        need = config.model, config.attention, vocab, phase.seq_len
-        flops = flops_per_token(*need)
-        print(
-            f"\n{phase.seq_len} tokens a row, micro_batch {phase.micro_batch}: {sum(flops.values()) / 1e9:.3f} GFLOPs a token "
-            f"({sum(dense_flops_per_token(*need).values()) / 1e9:.3f} with full attention)"
-        )
-        print("  " + ", ".join(f"{part} {value / 1e9:.3f}" for part, value in flops.items()))
-        fits = False
-        names = "".join(f" {name:>8}" for name in ("states", "kept", "work", "sum"))
-        print(f"  {'GB a rank':10} {'mode':6}{names}  longest row, largest micro-batch")
-        for stage in (0, 1, 2, 3):
-            if stage == 0 and config.dtype == "bf16":
-                continue  # refused: no fp32 masters
-            for row in memory(config, stage, phase.seq_len, phase.micro_batch):
-                fits = fits or row["total"] <= config.gpu_memory_gb * GB
-                figures = "".join(f" {row[name] / GB:8.2f}" for name in ("states", "kept", "work", "total"))
-                print(f"  zero={stage:<5} {row['mode']:6}{figures}  {row['longest']:,}, {row['batch']:,}")
-        if not fits:
-            print(
-                f"  warning: none of these fits into gpu_memory_gb={config.gpu_memory_gb:g}; give more gpus with zero=3, a "
-                "smaller micro_batch or seq_len"
-            )
-    print(
-        "\nassumptions: Triton's NSA and FlashAttention, one document a row, loss by chunks in PyTorch, no torch.compile; "
-        "the CUDA context, fragmentation and NCCL's buffers are left out. No speed is predicted."
+    gpu: Literal["h200", "h100"] = Field("h200", description="whose measured figures speeds are predicted from")
+    gpu_memory_gb: float | None = Field(None, gt=0, description="of one GPU, in 1e9 bytes; null: the GPU's")
+    gpus_per_node: int = Field(8, gt=0, description="GPUs that NVLink joins")
+    network_gb: float | None = Field(
+        None, gt=0, description="1e9 bytes a second that a GPU sends between nodes; null: 50, one adapter of 400 Gbit/s each"
     )
-    return 0
+
+    @property
+    def memory_bytes(self) -> float:
+        return GPUS[self.gpu].memory.value if self.gpu_memory_gb is None else self.gpu_memory_gb * GB
 
 
-def memory(config: PlanConfig, stage: int, seq_len: int, micro_batch: int) -> list[dict]:
-    """A row for each mode of activation checkpointing, in bytes: states, kept, work, total; longest (tokens of a row at
-    micro-batch 1) and batch (rows of seq_len), the largest powers of two that fit, 0 for none."""
-    from sieve.model.count import count_parameters
-    from sieve.model.loss import chunk_size
-    from sieve.model.memory import KEEP, activations, states, workspace
+PLAN_KEYS = frozenset(PlanConfig.model_fields) - frozenset(RunConfig.model_fields)
 
-    vocab, size = config.tokenizer.vocab_size, 2 if config.dtype == "bf16" else 4
-    parameters = count_parameters(config.model, config.attention, vocab).total
-    held = sum(states(parameters, stage=stage, ranks=config.gpus, size=size, bucket=config.zero.bucket_size).values())
 
-    def parts(tokens: int, longest: int, mode: str) -> tuple[int, int]:
-        need = config.model, config.attention, vocab, tokens
-        kept = activations(*need, size=size, mode=mode, longest=longest)
-        again = 0 if mode == "none" else kept.largest_layer
-        return kept.total, again + max(workspace(*need, size=size, chunk=chunk_size(config.loss, vocab, "compiled")).values())
+def plan(config: PlanConfig) -> dict[str, Any]:
+    """All of it in JSON's types. Speeds are None for dtype=fp32. ValueError when the batch does not spread over the gpus."""
+    vocab, gpu = config.tokenizer.vocab_size, GPUS[config.gpu]
+    count = count_parameters(config.model, config.attention, vocab)
+    found: dict[str, Any] = {
+        "model": config.model.name, "attention": config.attention.model_dump(mode="json"), "vocab": vocab,
+        "dtype": config.dtype, "gpu": config.gpu, "gpus": config.gpus, "zero": config.zero.stage,
+        "activation_checkpointing": config.activation_checkpointing, "memory_bytes": config.memory_bytes,
+        "parameters": {"total": count.total, "active": count.active, "by_part": count.by_part},
+        "phases": [_phase(config, phase, tokens) for phase, tokens in zip(config.phases, phase_tokens(config))],
+    }
+    tokens = sum(phase["tokens"] for phase in found["phases"])
+    speeds = [phase["speed"] for phase in found["phases"]]
+    seconds = None if None in speeds else sum(speed["seconds"] for speed in speeds)
+    found |= {
+        "total": {
+            "tokens": tokens, "steps": config.total_steps, "seconds": seconds, "days": seconds and seconds / DAY,
+            "flops": sum(phase["tokens"] * sum(phase["flops_per_token"].values()) for phase in found["phases"]),
+        },
+        "assumptions": [*MEMORY_ASSUMPTIONS, *(ASSUMPTIONS if seconds else ())],
+        "figures": figures(gpu, config) if seconds else {},
+    }
+    return found
 
-    def largest(mode: str, tokens_of) -> int:
+
+def phase_tokens(config: RunConfig) -> list[int]:
+    """How many tokens the run reads in each of its phases."""
+    left, done, found = config.total_steps, 0, []
+    for phase, following in zip(config.phases, [*config.phases[1:], None]):
+        steps = left
+        if following is not None:
+            steps = min(left, -(-max(0, following.from_tokens - done) // phase.tokens_per_step))
+        found.append(steps * phase.tokens_per_step)
+        left, done = left - steps, done + found[-1]
+    return found
+
+
+def figures(gpu: Gpu, config: PlanConfig) -> dict[str, dict[str, Any]]:
+    """The measured and specified figures that the prediction stands on, each with its source."""
+    impl = None if config.model.moe is None else config.model.moe.impl
+    named = {
+        "products, FLOP/s": gpu.matmul, "memory, bytes/s": gpu.bandwidth, "elementwise, share of it": gpu.elementwise,
+    }
+    if impl is not None:
+        named |= {
+            "experts' products, FLOP/s": gpu.grouped, "router's products, FLOP/s": gpu.fp32,
+            "between the experts' products, share of the memory's": gpu.routing["torch" if impl == "auto" else impl],
+        }
+    if config.gpus > 1:
+        named["NVLink, bytes/s"] = gpu.nvlink
+    if config.gpus > config.gpus_per_node:
+        named["network, bytes/s"] = gpu.network
+    found = {name: {"value": figure.value, "source": figure.source} for name, figure in named.items()}
+    if config.gpus > config.gpus_per_node and config.network_gb is not None:
+        found["network, bytes/s"] = {"value": config.network_gb * GB, "source": "network_gb"}
+    found["attention, milliseconds"] = {"value": None, "source": ", ".join(dict.fromkeys(m.source for m in ATTENTION))}
+    return found
+
+
+def _phase(config: PlanConfig, phase: Phase, tokens: int) -> dict[str, Any]:
+    group = phase.micro_batch * config.gpus
+    if phase.global_batch % group:
+        raise ValueError(
+            f"global_batch={phase.global_batch} is not divisible by micro_batch={phase.micro_batch} times gpus={config.gpus}; "
+            f"choose a multiple of {group}, or a smaller micro_batch"
+        )
+    need = config.model, config.attention, config.tokenizer.vocab_size, phase.seq_len
+    own = config.zero.stage, config.activation_checkpointing
+    rows = [
+        memory(config, phase, stage, mode) | {"speed": speed(config, phase, tokens, stage, mode)}
+        for stage in (0, 1, 2, 3) if stage or config.dtype != "bf16"  # stage 0 in bf16 is refused: no fp32 masters
+        for mode in KEEP
+    ]
+    return {
+        "seq_len": phase.seq_len, "micro_batch": phase.micro_batch, "global_batch": phase.global_batch,
+        "micro_batches": phase.global_batch // group, "tokens": tokens, "flops_per_token": flops_per_token(*need),
+        "dense_flops_per_token": sum(dense_flops_per_token(*need).values()), "memory": rows,
+        "speed": next(row["speed"] for row in rows if (row["stage"], row["mode"]) == own),
+    }
+
+
+def speed(config: PlanConfig, phase: Phase, tokens: int, stage: int, mode: str) -> dict[str, Any] | None:
+    """Predicted: seconds of a step by part, tokens a second, model FLOPs utilisation, and seconds of the phase."""
+    if config.dtype != "bf16":
+        return None
+    gpu = GPUS[config.gpu]
+    network = gpu.network.value if config.network_gb is None else config.network_gb * GB
+    setup = Setup(
+        config.model, config.attention, config.loss, config.tokenizer.vocab_size, phase.seq_len, phase.micro_batch,
+        phase.global_batch // (phase.micro_batch * config.gpus), mode, stage, config.gpus, gpu,
+        bus_rate(gpu, config.gpus, config.gpus_per_node, network),
+    )
+    parts = step_seconds(setup)
+    step = sum(parts.values())
+    rate, peak = phase.tokens_per_step / step, peak_flops(gpu.device)
+    flops = sum(flops_per_token(config.model, config.attention, setup.vocab, phase.seq_len).values())
+    return {
+        "parts": parts, "step_seconds": step, "tokens_per_second": rate, "seconds": tokens / rate,
+        "mfu": None if peak is None else mfu(flops, rate, peak, config.gpus),
+    }
+
+
+def memory(config: PlanConfig, phase: Phase, stage: int, mode: str) -> dict[str, Any]:
+    """Of a rank, in bytes: states, kept, work, total, the first two by part, too; longest (tokens of a row at micro-batch 1)
+    and batch (rows of seq_len), the largest powers of two that fit, 0 for none."""
+    vocab, size, model = config.tokenizer.vocab_size, 2 if config.dtype == "bf16" else 4, config.model
+    parameters = count_parameters(model, config.attention, vocab).total
+    held = states(parameters, stage=stage, ranks=config.gpus, size=size, bucket=config.zero.bucket_size)
+    later = growing(parameters, stage=stage, ranks=config.gpus, size=size)
+    compiled = config.compile is True or config.compile == "auto" and stage < 3
+
+    def parts(tokens: int, longest: int) -> tuple[dict[str, int], int]:
+        need = model, config.attention, vocab, tokens
+        kept = activations(
+            *need, size=size, mode=mode, longest=longest, compiled=compiled,
+            offload=config.activation_offload and mode != "none",
+        )
+        chunk = loss_chunk(config.loss, vocab, model.hidden_size, tokens)
+        work = kept.again + max(workspace(*need, size=size, chunk=chunk).values()) + max(0, later - kept.total)
+        return kept.by_part, work
+
+    def total(tokens: int, longest: int) -> int:
+        kept, work = parts(tokens, longest)
+        return sum(held.values()) + sum(kept.values()) + work
+
+    def largest(tokens_of) -> int:
         found, n = 0, 1
-        while n <= 1 << 24 and held + sum(parts(*tokens_of(n), mode)) <= config.gpu_memory_gb * GB:
+        while n <= 1 << 24 and total(*tokens_of(n)) <= config.memory_bytes:
             found, n = n, 2 * n
         return found
 
-    rows = []
-    for mode in KEEP:
-        kept, work = parts(micro_batch * seq_len, seq_len, mode)
-        rows.append({
-            "mode": mode, "states": held, "kept": kept, "work": work, "total": held + kept + work,
-            "longest": largest(mode, lambda n: (n, n)), "batch": largest(mode, lambda n: (n * seq_len, seq_len)),
-        })
-    return rows
+    kept, work = parts(phase.micro_batch * phase.seq_len, phase.seq_len)
+    return {
+        "stage": stage, "mode": mode, "states": sum(held.values()), "kept": sum(kept.values()), "work": work,
+        "total": sum(held.values()) + sum(kept.values()) + work, "states_by_part": held, "kept_by_part": kept,
+        "longest": largest(lambda n: (n, n)), "batch": largest(lambda n: (n * phase.seq_len, phase.seq_len)),
+    }

@@ -41,11 +41,11 @@ def test_memory_that_is_not_there_is_a_result(monkeypatch):
         jobs.append(job)
         return {"out_of_memory": "CUDA out of memory."} if len(jobs) < 3 else {"step_seconds": 1.0}
 
-    monkeypatch.setattr(bench_training, "_run", run)
+    monkeypatch.setattr(bench_training, "run_case", run)
     found = bench_training._measure(options, case, cuda=True)
     assert (found["checkpointing"], found["micro_tokens"]) == ("block", 32768) and "out_of_memory" not in found
     jobs[:] = []
-    monkeypatch.setattr(bench_training, "_run", lambda job, limit: {"out_of_memory": "CUDA out of memory."})
+    monkeypatch.setattr(bench_training, "run_case", lambda job, limit: {"out_of_memory": "CUDA out of memory."})
     lost = bench_training._measure(options, case, cuda=True)
     assert table([lost | {"failed": False}]).splitlines()[1].split()[6:] == ["out", "of", "memory"]
 
