@@ -17,7 +17,8 @@ python=${PYTHON:-python3}
 sieve=("$python" -c 'import sys; from sieve.train.cli import main; sys.exit(main())')
 books=${SIEVE_BOOKS:-books}
 export SIEVE_BOOKS=$books RECALL_TEXT=${RECALL_TEXT:-recall.jsonl}
-read -ra needle <<<"${NEEDLE:-needle.lengths=[1024,2048,4096,8192,16384]} needle.depths=[0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1] needle.samples=20 batch_tokens=65536}"
+lengths="needle.lengths=[1024,2048,4096,8192,16384] needle.depths=[0,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8,0.9,1]"
+read -ra needle <<<"${NEEDLE:-$lengths needle.samples=20 batch_tokens=65536}"
 failed=()
 
 # stage LIMIT NAME COMMAND ...: its output also into the log; told what it took; SIGTERM after LIMIT seconds.
@@ -33,6 +34,7 @@ stage() {
 }
 
 collect() {
+    local type
     for type in full nsa; do
         [ -f runs/recall-$type/report/eval/results.json ] && cp runs/recall-$type/report/eval/results.json "$keep/$type.json"
     done
