@@ -109,7 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("out", type=Path, help="the file to write, one {\"text\": ...} a line")
     add("--documents", type=int, default=1000, help="(default %(default)s)")
-    add("--chars", default="1000-20000", help="least and most of a document; every octave as likely (default %(default)s)")
+    add("--chars", default="1000-20000", help="least and most of a document; short ones are more frequent, but for "
+                                              "less of the text (default %(default)s)")
     add("--facts", type=int, default=4, help="most facts in a document; fewer in short ones (default %(default)s)")
     add("--asked", type=int, default=1, help="most times that each is asked for, last at the end (default %(default)s)")
     add("--quoted", type=float, default=0.0, help="share of the hay that was in it before (default %(default)s)")
@@ -137,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with options.out.open("w", encoding="utf-8") as file:
             for number in range(options.documents):
                 rng = np.random.default_rng((options.seed, 99, number))
-                chars = round(math.exp(rng.uniform(math.log(least), math.log(most))))
+                chars = round(rng.uniform(most**-0.5, least**-0.5) ** -2)
                 asked = int(rng.integers(1, options.asked + 1))
                 limit = max(1, min(options.facts, chars // (ROOM * (asked + 1))))
                 facts = int(math.exp(rng.uniform(0, math.log(limit + 1))))
