@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def draw(runs: dict[str, tuple[Maps, list[Row]]], path: Path) -> None:
     """Write the PNG: a row of heat maps for each run that has some, then its validation losses, one panel a source."""
     measured = {name: maps for name, (maps, _) in runs.items() if maps}
     tasks = [task for task in NEEDLES if any(task in maps for maps in measured.values())]
-    losses = sorted({key for _, rows in runs.values() for row in rows for key in row if _is_loss(key)})
+    losses = sorted({key for _, rows in runs.values() for key in chain(*rows) if _is_loss(key)})
     columns = max(len(tasks), len(losses))
     figure = Figure(figsize=(1 + 3.6 * columns, 3.3 * (len(measured) + bool(losses))), dpi=110, layout="constrained")
     axes = figure.subplots(len(measured) + bool(losses), columns, squeeze=False)
@@ -61,8 +62,8 @@ def draw(runs: dict[str, tuple[Maps, list[Row]]], path: Path) -> None:
 
 
 def _is_loss(key: str) -> bool:
-    """eval/SOURCE/loss, or eval/loss, which is over all sources."""
-    return key.startswith("eval/") and key.endswith("/loss")
+    """Whether it is eval/SOURCE/loss, or eval/loss, which is over all sources."""
+    return key == "eval/loss" or key.startswith("eval/") and key.endswith("/loss")
 
 
 def _losses(axis: Axes, key: str, runs: dict[str, list[Row]]) -> None:
@@ -73,8 +74,8 @@ def _losses(axis: Axes, key: str, runs: dict[str, list[Row]]) -> None:
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short_count(value)))
     axis.set_xlabel("training tokens")
     axis.set_ylabel("nats per token")
-    axis.set_title(f"validation loss: {key.removeprefix('eval/').removesuffix('/loss').removesuffix('loss') or 'all'}",
-                   loc="left", fontsize=9)
+    source = key.removeprefix("eval/").removesuffix("loss").removesuffix("/")
+    axis.set_title(f"validation loss: {source or 'all sources'}", loc="left", fontsize=9)
     axis.grid(alpha=0.3)
     axis.legend(frameon=False, fontsize=8)
 
@@ -90,7 +91,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             run.name: (maps_of(run), read_metrics(run / METRICS_FILE) if (run / METRICS_FILE).is_file() else [])
             for run in options.runs
         }
-        if not any(maps or any(map(_is_loss, row)) for maps, rows in found.values() for row in (rows or [{}])):
+        if not any(maps or any(map(_is_loss, chain(*rows))) for maps, rows in found.values()):
             raise ValueError(f"{', '.join(map(str, options.runs))}: neither results of `sieve eval` nor validation losses")
         draw(found, options.out)
     except (OSError, ValueError) as error:
