@@ -46,8 +46,8 @@ collect() {
 
 main() {
     [ -s "$RECALL_TEXT" ] || stage 120 text "$python" -m sieve.scripts.recall_text "$RECALL_TEXT" \
-        --documents "${DOCUMENTS:-40000}" --chars "${CHARS:-200-25500}" --facts "${FACTS:-100}" --asked "${ASKED:-3}" \
-        --quoted "${QUOTED:-0.25}" --hay "$books"/books-train-*.jsonl.zst
+        --documents "${DOCUMENTS:-50000}" --chars "${CHARS:-200-25500}" --facts "${FACTS:-100}" --asked "${ASKED:-3}" \
+        --quoted "${QUOTED:-0.35}" --hay "$books"/books-train-*.jsonl.zst
     for type in full nsa; do
         stage "${TRAIN_LIMIT:-240}" "train $type" "${sieve[@]}" train experiment=recall-8k logger=none "$@" \
             attention=$type name=recall-$type

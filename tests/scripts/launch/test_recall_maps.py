@@ -15,7 +15,8 @@ SCRIPT = Path(__file__).parents[3] / "scripts" / "launch" / "recall_maps.sh"
 TOY = (
     "device=cpu dtype=fp32 seq_len=256 tokens=8192 tokenizer.vocab_size=512 model.num_layers=1 model.hidden_size=32 "
     "model.num_heads=2 model.num_kv_heads=1 model.head_dim_qk=16 model.head_dim_v=16 model.intermediate_size=48 "
-    "attention.window_size=64 attention.topk=4 schedule.warmup=2 log.every=2 eval.rows=4 eval.every=4"
+    "attention.window_size=64 attention.topk=4 schedule.warmup=2 log.every=2 eval.rows=4 eval.every=4 "
+    "data.sources.recall.upsample={0:1,128:0} data.phases=[{from_tokens:4096,upsample:{}}]"
 ).split()
 ENVIRONMENT = {
     "DOCUMENTS": "200", "CHARS": "150-500", "FACTS": "4", "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
