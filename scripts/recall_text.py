@@ -135,7 +135,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         hay = _text_of(options.hay) if options.hay else FILLER
         words = sorted(set(_WORD.findall(hay)))
-        with options.out.open("w", encoding="utf-8") as file:
+        partial = options.out.with_name(f".{options.out.name}.tmp")  # so that what has the name is whole
+        with partial.open("w", encoding="utf-8") as file:
             for number in range(options.documents):
                 rng = np.random.default_rng((options.seed, 99, number))
                 chars = round(rng.uniform(most**-0.5, least**-0.5) ** -2)
@@ -146,6 +147,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                     rng, hay, chars, facts, options.digits, asked=asked, quoted=options.quoted, words=words
                 )
                 file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+        partial.replace(options.out)
     except (OSError, ValueError) as error:
         print(f"recall_text: {error}", file=sys.stderr)
         return 2

@@ -4,8 +4,8 @@
 #   SIEVE_BOOKS=books scripts/launch/recall_maps.sh KEEP [OVERRIDE of both trainings ...]
 # KEEP gets maps.png (heat maps and loss curves), comparison.png and .json, full.json and nsa.json (`sieve eval`'s results),
 # runs.tar.gz (metrics, configs, NSA's health) and log.txt, after every stage what there is by then. Stages have time limits; a
-# training that meets its own saves, and is measured as it is. The text and the runs stay in the working directory; the same command
-# goes on from there.
+# training that meets its own saves, and is measured as it is. The text and the runs stay in the working directory, and the
+# same command goes on from there: remove recall.jsonl for another text.
 # Environment: DOCUMENTS, CHARS, FACTS, ASKED, QUOTED of the text; NEEDLE: overrides of the evaluation; TRAIN_LIMIT, EVAL_LIMIT:
 # seconds of one; PYTHON.
 set -uo pipefail
@@ -53,8 +53,8 @@ main() {
             attention=$type name=recall-$type
         stage "${EVAL_LIMIT:-120}" "eval $type" "${sieve[@]}" eval recall-$type suite=needle \
             "loss.source=[$books/books-valid.jsonl.zst]" "${needle[@]}"
-        stage 60 maps "$python" -m sieve.scripts.needle_maps "$keep/maps.png" runs/recall-full runs/recall-nsa
     done
+    stage 60 maps "$python" -m sieve.scripts.needle_maps "$keep/maps.png" runs/recall-full runs/recall-nsa
     stage 60 compare "${sieve[@]}" compare recall-nsa recall-full
     stage 60 health "${sieve[@]}" eval recall-nsa suite=health out=runs/recall-nsa/report/health \
         "loss.source=[$books/books-valid.jsonl.zst]"
