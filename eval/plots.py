@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -13,7 +15,7 @@ from sieve.eval.runner import NEEDLES, Result
 
 _INK = "#333333"
 # Okabe and Ito's, told apart in every common colour blindness.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
 
 def plot(result: Result, path: Path, title: str) -> bool:
@@ -29,14 +31,20 @@ def plot(result: Result, path: Path, title: str) -> bool:
 
 
 def _heat_map(result: Result) -> Figure:
-    """Accuracy, length across and depth down."""
     rows = result.tables[result.task]
+    lengths, depths = (len({row[key] for row in rows}) for key in ("length", "depth"))
+    figure = Figure(figsize=(2.2 + 0.75 * lengths, 1.6 + 0.45 * depths), dpi=150, layout="constrained")
+    heat_map(figure.subplots(), rows)
+    return figure
+
+
+def heat_map(axis: Axes, rows: Sequence[dict[str, Any]]) -> None:
+    """Accuracy of a needle task, length across and depth down, with its scale beside it. rows: of `sieve eval`, each with
+    length, depth and accuracy."""
     lengths, depths = (sorted({row[key] for row in rows}) for key in ("length", "depth"))
     grid = np.full((len(depths), len(lengths)), np.nan)
     for row in rows:
         grid[depths.index(row["depth"]), lengths.index(row["length"])] = row["accuracy"]
-    figure = Figure(figsize=(2.2 + 0.75 * len(lengths), 1.6 + 0.45 * len(depths)), dpi=150, layout="constrained")
-    axis = figure.subplots()
     image = axis.imshow(grid, vmin=0, vmax=1, cmap="cividis", aspect="auto")
     for (y, x), value in np.ndenumerate(grid):
         axis.text(x, y, f"{value:.0%}", ha="center", va="center", fontsize=8, color="black" if value > 0.5 else "white")
@@ -44,8 +52,7 @@ def _heat_map(result: Result) -> Figure:
     axis.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
     axis.set_xlabel("tokens of the text")
     axis.set_ylabel("depth of the needle")
-    figure.colorbar(image, ax=axis, label="accuracy")
-    return figure
+    axis.figure.colorbar(image, ax=axis, label="accuracy")
 
 
 def _short(tokens: int) -> str:
@@ -55,7 +62,7 @@ def _short(tokens: int) -> str:
 def _loss(result: Result) -> Figure:
     figure = Figure(figsize=(9, 3.6), dpi=150, layout="constrained")
     for axis, (name, rows) in zip(figure.subplots(1, 2, sharey=True), result.tables.items()):
-        axis.plot([row["from"] for row in rows], [row["loss"] for row in rows], "o-", color=_COLOURS[0], ms=4)
+        axis.plot([row["from"] for row in rows], [row["loss"] for row in rows], "o-", color=COLOURS[0], ms=4)
         axis.set_xscale("log", base=2)
         axis.set_xlabel(name.removeprefix("loss by ") + " (tokens)")
         axis.grid(alpha=0.3)
@@ -75,13 +82,13 @@ def _health(result: Result) -> Figure:
     figure = Figure(figsize=(10, 9), dpi=150, layout="constrained")
     axes = figure.subplots(3, 2).flatten()
     for axis, (name, keys) in zip(axes, panels.items()):
-        for key, colour in zip(keys, _COLOURS):
+        for key, colour in zip(keys, COLOURS):
             values = [np.nan if row[key] is None else row[key] for row in rows]
             axis.plot(layer, values, "o-", ms=4, color=colour, label=key.split("_", 1)[-1] if "mass" in key else key)
         axis.set_ylim(-0.03, 1.03)
         axis.set_title(name, loc="left", fontsize=9, color=_INK)
         axis.legend(frameon=False, fontsize=8)
-    axes[4].plot(layer, [row["selected_distance"] for row in rows], "o-", ms=4, color=_COLOURS[0])
+    axes[4].plot(layer, [row["selected_distance"] for row in rows], "o-", ms=4, color=COLOURS[0])
     axes[4].set_title("distance back to a selected block (tokens, mean)", loc="left", fontsize=9, color=_INK)
     _distances(axes[5], result.extra["back"])
     for axis in axes[:5]:
@@ -110,7 +117,7 @@ def _switches(result: Result) -> Figure:
     rows = result.tables["switches"][1:]
     figure = Figure(figsize=(7, 0.8 + 0.4 * len(rows)), dpi=150, layout="constrained")
     axis = figure.subplots()
-    axis.barh([row["variant"] for row in rows], [row["gap"] for row in rows], color=_COLOURS[0])
+    axis.barh([row["variant"] for row in rows], [row["gap"] for row in rows], color=COLOURS[0])
     axis.axvline(0, color=_INK, lw=0.8)
     axis.invert_yaxis()
     axis.set_xlabel("loss less that of the model as trained (nats per token; left of 0: better)")

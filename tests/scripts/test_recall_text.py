@@ -3,7 +3,10 @@
 import json
 import re
 
-from sieve.scripts.recall_text import main
+import numpy as np
+
+from sieve.eval.needle import CITIES
+from sieve.scripts.recall_text import document, main
 
 
 def test_facts_are_told_before_they_are_asked(tmp_path, capsys):
@@ -23,4 +26,36 @@ def test_facts_are_told_before_they_are_asked(tmp_path, capsys):
         kinds |= {name.split()[0] for name in names}
     assert kinds == {"pass", "magic"}
     assert main([str(out), "--chars", "900-300"]) == 2 and "--chars=900-300" in capsys.readouterr().err
-    assert main([str(out), "--hay", str(tmp_path / "none")]) == 2 and "No such file" in capsys.readouterr().err
+    assert main([str(out), "--hay", str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert "recall_text: --hay: " in said and "none' does not exist" in said
+
+
+def test_facts_are_asked_several_times_and_always_answered_alike(tmp_path):
+    hay, out = tmp_path / "hay.jsonl", tmp_path / "out.jsonl"
+    hay.write_text("".join(json.dumps({"text": f"The {word} of Rome sailed on. " * 9}) + "\n" for word in ("ship", "wind")))
+    assert main([str(out), "--documents", "60", "--chars", "400-4000", "--facts", "9", "--asked", "3", "--hay", str(hay)]) == 0
+    most, names = 0, set()
+    for line in out.read_text().splitlines():
+        numbers = {}
+        told = re.findall(r"\nThe (pass key|magic number of \w+) is (\d{5})\.", json.loads(line)["text"])
+        for name, number in told:
+            numbers.setdefault(name, []).append(number)
+        assert all(len(set(own)) == 1 for own in numbers.values()) and len({len(own) for own in numbers.values()}) == 1
+        assert [name for name, _ in told[-len(numbers) :]] != sorted(numbers) or len(numbers) < 4, "asked in another order"
+        most = max(most, len(told) // len(numbers))
+        names |= {name.split()[-1] for name in numbers}
+    assert most == 4 and len(names) > 100 and "Sailed" in names
+    assert not names & set(CITIES), "evaluation's names are not to be learnt"
+
+
+def test_quoted_passages_stood_there_before():
+    rng = np.random.default_rng(0)
+    hay = "".join(chr(97 + i) for i in rng.integers(0, 26, 5000))
+    text, plain = (document(rng, hay, 3000, 1, 5, passkey=0, quoted=quoted) for quoted in (0.5, 0.0))
+    assert 2900 < len(text) <= 3000
+
+    def repeated(text):
+        return sum(text.find(text[i : i + 12]) < i for i in range(len(text) - 12)) / len(text)
+
+    assert 0.3 < repeated(text) < 0.7 and repeated(plain) < 0.05

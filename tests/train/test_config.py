@@ -12,7 +12,9 @@ from sieve.train.config import RunConfig
 from sieve.train.overrides import config_groups, load_config
 
 # What a choice needs beside it.
-ALSO = {"zero=0": ["dtype=fp32"], "experiment=twin-gpu": ["device=cpu"]}
+ALSO = {
+    "zero=0": ["dtype=fp32"], "experiment=twin-gpu": ["device=cpu"], "experiment=recall-8k": ["device=cpu"],
+}
 
 
 @pytest.mark.parametrize("choice", [f"{group}={name}" for group, names in config_groups().items() for name in names])

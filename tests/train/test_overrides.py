@@ -22,7 +22,7 @@ MISTAKES = [
      "there are 1b, base, dense-200m, moe-1b, nsa-27b, small, tiny"),
     ("zero=4", "zero=4: no such choice; there are 0, 1, 2, 3"),
     ("attention=nas", "attention=nas: no such choice; did you mean attention=nsa? there are full, nsa, window"),
-    ("experiment=foo", "experiment=foo: no such choice; there are books-python-8k-32k, twin-cpu, twin-gpu"),
+    ("experiment=foo", "experiment=foo: no such choice; there are books-python-8k-32k, recall-8k, twin-cpu, twin-gpu"),
     ("model=null", "model=null: no such choice"),
     # types and values
     ("steps=ten", "steps=ten: must be a valid integer"),
