@@ -43,6 +43,7 @@ class RunConfig(Config):
     activation_checkpointing: Literal["none", "attention", "block", "full"] = Field(
         "none", description="what is computed again in the backward: nothing; all but attention; layers; NSA's branches, too"
     )
+    activation_offload: bool = Field(False, description="what checkpointed layers keep lies in host memory until their backward")
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
     init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     resume_mismatch: Literal["refuse", "allow"] = Field("refuse", description="when the checkpoint had other settings")
@@ -107,6 +108,15 @@ class RunConfig(Config):
             raise ValueError(
                 "dtype=bf16 with zero.stage=0 keeps no fp32 master weights; choose zero=1, 2 or 3, also for one "
                 "process, or dtype=fp32"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _offloads_inputs(self) -> RunConfig:
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise ValueError(
+                "activation_offload=true with activation_checkpointing=none, which keeps far more than the layers' inputs; "
+                "choose activation_checkpointing=block, full or attention, or activation_offload=false"
             )
         return self
 
