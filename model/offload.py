@@ -33,13 +33,11 @@ class Offload:
     @contextlib.contextmanager
     def of(self, x: Tensor) -> Iterator[None]:
         """Of what autograd saves within, `x` [T, hidden] goes to the host and everything else stays where it is."""
-        made: list[_Kept] = []
-        address, layout = x.data_ptr(), (x.shape, x.stride(), x.dtype)
+        made: list[_Kept] = []  # `pack` itself must not hold x: autograd may keep it as long as the graph
+        address, layout = x.data_ptr(), (x.device, x.shape, x.stride(), x.dtype)
 
         def pack(saved: Tensor) -> Any:
-            if saved.device != x.device or (saved.shape, saved.stride(), saved.dtype) != layout:
-                return saved
-            if saved.data_ptr() != address:
+            if (saved.device, saved.shape, saved.stride(), saved.dtype) != layout or saved.data_ptr() != address:
                 return saved
             if not made:
                 made.append(self._send(saved))
@@ -47,7 +45,6 @@ class Offload:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
-        del x  # `pack` would hold it as long as the graph
 
     def _send(self, x: Tensor) -> _Kept:
         before = self._newest
