@@ -43,7 +43,7 @@ class RunConfig(Config):
     activation_checkpointing: Literal["none", "attention", "block", "full"] = Field(
         "none", description="what is computed again in the backward: nothing; all but attention; layers; NSA's branches, too"
     )
-    activation_offload: bool = Field(False, description="what checkpointed layers keep lies in host memory until their backward")
+    activation_offload: bool = Field(False, description="checkpointed layers' inputs wait in host memory")
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
     init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     resume_mismatch: Literal["refuse", "allow"] = Field("refuse", description="when the checkpoint had other settings")
