@@ -114,7 +114,8 @@ class NSA(nn.Module):
         k_slc = rotate(self.k_norm(k), context.rotation)
         if dense:
             return self._dense(q, k_slc, v, context)
-        gates = others.pop().sigmoid().unflatten(-1, (self.heads, 3))
+        *others, gates = others  # torch 2.11 traces the rest of an unpacking as a tuple
+        gates = gates.sigmoid().unflatten(-1, (self.heads, 3))
         if self.share_kv:
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
         else:
