@@ -55,8 +55,7 @@ class Decoder(nn.Module):
             raise ValueError(f"vocab_size={vocab_size} must be at least 1; it is the tokenizer's")
         self.config, self.attention_config, self.vocab_size = model, attention, vocab_size
         self.checkpointing: Checkpointing = "none"
-        self.offloads = False
-        self._offload: Offload | None = None
+        self.offload: Offload | None = None
         self._compiled: Run | None = None
         self.embed = nn.Embedding(vocab_size, model.hidden_size)
         self.layers = nn.ModuleList(Block(model, attention, i) for i in range(model.num_layers))
@@ -73,18 +72,20 @@ class Decoder(nn.Module):
         self._tie()  # leaving the meta device replaces parameters one by one
         return self
 
-    def set_activation_checkpointing(self, mode: Checkpointing, *, offload: bool = False) -> None:
+    def set_activation_checkpointing(self, mode: Checkpointing, offload: bool = False) -> None:
         """What training keeps of a layer for its backward; the rest is computed again there, with equal results.
 
         none: all. attention: its input and what the attention operator returned. block: its input. full: its input, and
         NSA's operator keeps nothing between its own forward and backward either (attention.save_outputs=false).
-        offload: the input is kept on the host; with none there is no input that alone is kept.
+        offload: the layers' inputs are kept in host memory (sieve.model.offload).
+
+        Raises ValueError for another mode, and for offload with none.
         """
         if mode not in get_args(Checkpointing):
             raise ValueError(f"activation checkpointing {mode!r} is not one of {', '.join(get_args(Checkpointing))}")
         if offload and mode == "none":
-            raise ValueError("offloading goes with activation checkpointing: attention, block or full")
-        self.checkpointing, self.offloads, self._offload = mode, offload, None
+            raise ValueError("offload=True needs activation checkpointing attention, block or full: none keeps no inputs alone")
+        self.checkpointing, self.offload = mode, Offload() if offload else None
         for layer in self.layers:
             if isinstance(layer.attention, NSA):
                 layer.attention.save_outputs = self.attention_config.save_outputs and mode != "full"
@@ -195,14 +196,12 @@ class Decoder(nn.Module):
         if faster is not None:
             context = pin_sizes(context, batches=self.attention_config.dense_impl == "cudnn")
         x = self.embed(tokens.flatten())  # [T, hidden]
-        offload = None
-        if self.offloads and torch.is_grad_enabled():
-            offload = self._offload = self._offload or Offload(x.device)
         reports = []
+        offloaded = self.offload is not None and torch.is_grad_enabled()
         for layer in self.layers:
             watched = layer.attention._forward_pre_hooks  # a compiled layer would pass over a hook of its parts
             run = run_layer if faster is None or watched else faster
-            with nullcontext() if offload is None else offload.keep(x):
+            with self.offload.of(x) if offloaded else nullcontext():
                 x, report = run(layer, x, context, self.checkpointing)
             gates, indices = report.pop("gates", None), report.pop("indices", None)
             if collect and isinstance(layer.attention, NSA):

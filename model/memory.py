@@ -12,7 +12,6 @@ from sieve.kernels.moe.api import AUTO_ON_CUDA
 from sieve.kernels.moe.reference import TILE, bound_of_rows
 from sieve.model.config import AttentionConfig, LossConfig, ModelConfig
 from sieve.model.loss import chunk_size, resolve_impl
-from sieve.model.offload import LEAVING
 from sieve.model.stack import Checkpointing
 
 FLOAT = 4  # bytes of fp32
@@ -55,7 +54,7 @@ def activations(
 
     compiled: as torch.compile's partitioner keeps it, which computes silu(gate) again; that is what the layers' saved
     tensors are in tests/model/test_memory.py, all else is taken to be kept as without it. offload: layers' inputs are on the
-    host, but for those on their way.
+    host, but for two.
     Left out: the batch itself, positions and document numbers, scalars. ValueError for an unknown mode.
     """
     if mode not in KEEP:
@@ -71,7 +70,7 @@ def activations(
         again = max(again, layer.total() - kept.total())
         parts += kept
     if offload:
-        parts[INPUT] = min(parts[INPUT], (LEAVING + 1) * tokens * hidden * size)
+        parts[INPUT] = min(parts[INPUT], 2 * tokens * hidden * size)
     parts["head"] += tokens * (hidden * size + FLOAT) + tokens * hidden * size + vocab * hidden * FLOAT
     parts["rotation"] += tokens * model.head_dim_qk * FLOAT  # cos and sin, shared by all layers
     return Kept(dict(parts), again)

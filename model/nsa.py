@@ -105,23 +105,22 @@ class NSA(nn.Module):
     def forward(self, x: Tensor, *, context: Context, cache: NSACache | None = None) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
         dense = context.dense and cache is None
-        layers = [self.q_proj, self.k_proj, self.v_proj]
-        if not dense:
-            layers.append(self.gate)
-            if not self.share_kv:
-                layers += [self.k_cmp_proj, self.v_cmp_proj, self.k_win_proj, self.v_win_proj]
-        q, k, v, *others = project(x, *layers)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
         q = rotate(self.q_norm(q.unflatten(-1, (self.heads, -1))), context.rotation)
         k, v = self._split(k), self._split(v).contiguous()
         k_slc = rotate(self.k_norm(k), context.rotation)
         if dense:
             return self._dense(q, k_slc, v, context)
-        gates = others[0].sigmoid().unflatten(-1, (self.heads, 3))
+        # Not all in one product: a compiler makes one slow pass of the gradients of so many parts.
         if self.share_kv:
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
+            (gates,) = project(x, self.gate)
         else:
-            k_cmp, v_cmp, k_win, v_win = (self._split(other) for other in others[1:])
-            k_win, v_win = rotate(self.k_win_norm(k_win), context.rotation), v_win.contiguous()
+            k_cmp, v_cmp = map(self._split, project(x, self.k_cmp_proj, self.v_cmp_proj))
+            k_win, v_win, gates = project(x, self.k_win_proj, self.v_win_proj, self.gate)
+            k_win = rotate(self.k_win_norm(self._split(k_win)), context.rotation)
+            v_win = self._split(v_win).contiguous()
+        gates = gates.sigmoid().unflatten(-1, (self.heads, 3))
         chunk = context.chunk
         if cache is not None:
             k_cmp, v_cmp = cache.store(k_slc, v, k_cmp, v_cmp, k_win, v_win, chunk)

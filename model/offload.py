@@ -1,124 +1,129 @@
-"""Layers' inputs in the host's memory between forward and backward, copied beside the computation.
-
-The mechanism is torch's saved-tensor hooks, as in torch.autograd.graph.save_on_cpu; that an input is fetched one layer ahead
-of its use is from OffloadActivations of torchtune (https://github.com/meta-pytorch/torchtune).
-"""
+"""What a checkpointed layer keeps, in host memory between its forward and its backward."""
 
 from __future__ import annotations
 
 import contextlib
 import weakref
-from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
-
-Key = tuple[torch.Size, torch.dtype]
-
-# Inputs on their way to the host at once. Each is held until the computation has waited for its copy: the allocator could give
-# its memory to nobody before if it were told to watch the copy's stream, since the host is far ahead of the device.
-LEAVING = 2
 
 
 class Offload:
-    """For the layers of one model on one device. Each layer's forward runs within `keep`.
+    """Moves the inputs of checkpointed layers to the host and fetches them back ahead of the backward.
 
-    On a GPU the copies run on streams of their own and the host waits for nothing. Page-locked buffers are used again from
-    step to step: as many bytes as all layers' inputs of a micro-batch have. On the CPU it is a plain copy.
+    On CUDA both copies run on one side stream, in the order in which they were asked for, so that a buffer is never
+    overwritten before it has been read. A layer's input is let go one layer later: by then the stream that computes waits
+    for the copy (the host never does), so that the device holds two inputs in the forward, and the same in the backward,
+    where unpacking one starts to fetch the one before. Buffers are page-locked and kept from step to step. On the CPU it
+    is a plain copy.
+
+    After OffloadActivations of torchtune and torch.autograd.graph.save_on_cpu.
+    packed, bytes, fetched: how many inputs went to the host, their bytes, and how many came back; buffers: made so far.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        cuda = device.type == "cuda"
-        self.streams = (torch.cuda.Stream(device), torch.cuda.Stream(device)) if cuda else None  # to the host, from it
-        self.free: defaultdict[Key, list[tuple[Tensor, torch.cuda.Event | None]]] = defaultdict(list)
-        self.last: weakref.ref[_Kept] | None = None  # of the layer before
-        self.leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
+    def __init__(self) -> None:
+        self.packed = self.bytes = self.fetched = self.buffers = 0
+        self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._newest: _Kept | None = None  # whose copy on the device has not been let go
 
     @contextlib.contextmanager
-    def keep(self, x: Tensor) -> Iterator[None]:
-        """What is saved of x [T, hidden] for the backward goes to the host; other tensors stay where they are."""
-        place, kept = (x.data_ptr(), x.shape, x.dtype), None
+    def of(self, x: Tensor) -> Iterator[None]:
+        """Of what autograd saves within, `x` [T, hidden] goes to the host and everything else stays where it is."""
+        made: list[_Kept] = []  # `pack` itself must not hold x: autograd may keep it as long as the graph
+        address, layout = x.data_ptr(), (x.device, x.shape, x.stride(), x.dtype)
 
         def pack(saved: Tensor) -> Any:
-            nonlocal kept
-            if (saved.data_ptr(), saved.shape, saved.dtype) != place:
+            if (saved.device, saved.shape, saved.stride(), saved.dtype) != layout or saved.data_ptr() != address:
                 return saved
-            if kept is None:
-                kept = _Kept(self, saved)
-            return kept
+            if not made:
+                made.append(self._send(saved))
+            return made[0]
 
-        with saved_tensors_hooks(pack, lambda saved: saved.fetch() if isinstance(saved, _Kept) else saved):
+        with torch.autograd.graph.saved_tensors_hooks(pack, _unpack):
             yield
-        if kept is not None:
-            kept.before, self.last = self.last, weakref.ref(kept)
-        self.let_go(LEAVING)
 
-    def let_go(self, but: int) -> None:
-        """Of inputs that were to leave, all `but` so many, as soon as the present stream's work gets here."""
-        while len(self.leaving) > but:
-            x, copied = self.leaving.popleft()
-            torch.cuda.current_stream(x.device).wait_event(copied)
-            del x
+    def _send(self, x: Tensor) -> _Kept:
+        before = self._newest
+        if before is not None:
+            before.let_go()
+        kept = self._newest = _Kept(self, x, before)
+        self.packed += 1
+        self.bytes += x.nbytes
+        return kept
 
-    def buffer(self, x: Tensor) -> Tensor:
-        """Room on the host for `x`; what was read from it before has been, where the stream to the host gets there."""
-        free = self.free[x.shape, x.dtype]
-        if not free:
-            return torch.empty(x.shape, dtype=x.dtype, pin_memory=self.streams is not None)
-        found, read = free.pop()
-        if read is not None:
-            self.streams[0].wait_event(read)
-        return found
+    def _buffer(self, x: Tensor) -> Tensor:
+        key = x.shape, x.dtype
+        if not self._free.get(key):
+            self._free = {}  # those of another phase's rows
+            self.buffers += 1
+            return torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=x.is_cuda)
+        return self._free[key].pop()
+
+    def _side(self, device: torch.device) -> torch.cuda.Stream:
+        if self._stream is None or self._stream.device != device:
+            self._stream = torch.cuda.Stream(device)
+        return self._stream
 
 
 class _Kept:
-    """One layer's input on the host, for as long as autograd's graph has it. before: that of the layer below."""
+    """One layer's input: in a buffer on the host, and at times on the device."""
 
-    def __init__(self, offload: Offload, x: Tensor) -> None:
-        self.offload, self.device = offload, x.device
-        self.before: weakref.ref[_Kept] | None = None
-        self._fetched: Tensor | None = None
-        self._read: torch.cuda.Event | None = None
-        self.host = offload.buffer(x)
-        if offload.streams is None:
-            self.host.copy_(x)
-            return
-        out = offload.streams[0]
-        out.wait_stream(torch.cuda.current_stream(x.device))
-        with torch.cuda.stream(out), torch.no_grad():
-            self.host.copy_(x, non_blocking=True)
-        offload.leaving.append((x.detach(), out.record_event()))
+    def __init__(self, owner: Offload, x: Tensor, before: _Kept | None) -> None:
+        self.owner, self.device = owner, x.device
+        self.before = (lambda: None) if before is None else weakref.ref(before)
+        self.host, self.here, self.event = owner._buffer(x), x, None
+        self._copy(self.host, x)
 
-    def fetch(self) -> Tensor:
-        """The input, on its device; the layer below's is on its way from then on."""
-        self.offload.let_go(0)
-        self._start()
-        found, self._fetched = self._fetched, None
-        if self._read is not None:
-            torch.cuda.current_stream(self.device).wait_event(self._read)
-        below = None if self.before is None else self.before()
-        if below is not None:
-            below._start()
-        return found
+    def _copy(self, into: Tensor, source: Tensor) -> None:
+        if self.device.type != "cuda":
+            into.copy_(source)
+            return
+        side = self.owner._side(self.device)
+        side.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(side):
+            into.copy_(source, non_blocking=True)
+            self.event = side.record_event()
 
-    def _start(self) -> None:
-        if self._fetched is not None:
-            return
-        if self.offload.streams is None:
-            self._fetched = self.host.clone()
-            return
-        out, back = self.offload.streams
-        self._fetched = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-        back.wait_stream(torch.cuda.current_stream(self.device))  # whose memory it may have been until now
-        back.wait_stream(out)
-        with torch.cuda.stream(back), torch.no_grad():
-            self._fetched.copy_(self.host, non_blocking=True)
-        self._read = back.record_event()
+    def _wait(self) -> None:
+        """What the current stream does from here on comes after the copy."""
+        if self.event is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.event)
+            self.event = None
+
+    def let_go(self) -> None:
+        """Of the input on the device: its memory may be used again behind the copy."""
+        if self.here is not None:
+            self._wait()
+            self.here = None
+
+    def fetch(self) -> None:
+        if self.here is None:
+            # Of the stream that computes: what used this memory before is done when the side stream begins.
+            self.here = torch.empty_like(self.host, device=self.device)
+            self._copy(self.here, self.host)
+            self.owner.fetched += 1
+
+    def take(self) -> Tensor:
+        """The input on the device; the one before it is on its way from here on."""
+        self.fetch()
+        self._wait()
+        x, self.here = self.here, None
+        if self.owner._newest is self:
+            self.owner._newest = None
+        before = self.before()
+        if before is not None:
+            before.fetch()
+        return x
 
     def __del__(self) -> None:
-        if self._fetched is not None and self._read is not None:  # for nothing: its memory is still being written to
-            torch.cuda.current_stream(self.device).wait_event(self._read)
-        self.offload.free[self.host.shape, self.host.dtype].append((self.host, self._read))
+        if self.event is not None and self.here is not None:  # dropped without a backward
+            self.here.record_stream(self.owner._side(self.device))
+        self.owner._free.setdefault((self.host.shape, self.host.dtype), []).append(self.host)
+
+
+def _unpack(saved: Any) -> Tensor:
+    return saved.take() if isinstance(saved, _Kept) else saved

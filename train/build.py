@@ -143,7 +143,7 @@ def build_model(config: RunConfig, device: torch.device, vocab_size: int) -> Dec
     """The model on `device`, in fp32, with its initial weights; on the meta device without any."""
     with torch.device(device):
         module = Decoder(config.model, config.attention, vocab_size, config.loss)
-    module.set_activation_checkpointing(config.activation_checkpointing, offload=config.activation_offload)
+    module.set_activation_checkpointing(config.activation_checkpointing, config.activation_offload)
     # On a CPU, and in the reference, attention reads the documents' lengths on the host: a gap in every layer's graph.
     whole = device.type == "cuda" and config.attention.impl != "reference"
     if config.compile is True or config.compile == "auto" and whole and config.zero.stage < 3:

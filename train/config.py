@@ -43,7 +43,7 @@ class RunConfig(Config):
     activation_checkpointing: Literal["none", "attention", "block", "full"] = Field(
         "none", description="what is computed again in the backward: nothing; all but attention; layers; NSA's branches, too"
     )
-    activation_offload: bool = Field(False, description="with checkpointing: a layer's kept input waits in host memory")
+    activation_offload: bool = Field(False, description="checkpointed layers' inputs wait in host memory")
     resume: str = Field("auto", description="auto: the newest checkpoint; never: anew; a step; or a checkpoint's path")
     init: str | None = Field(None, description="a folder with weights to begin with: exported, Llama or Qwen3")
     resume_mismatch: Literal["refuse", "allow"] = Field("refuse", description="when the checkpoint had other settings")
@@ -112,20 +112,20 @@ class RunConfig(Config):
         return self
 
     @model_validator(mode="after")
+    def _offloads_inputs(self) -> RunConfig:
+        if self.activation_offload and self.activation_checkpointing == "none":
+            raise ValueError(
+                "activation_offload=true with activation_checkpointing=none, which keeps far more than the layers' inputs; "
+                "choose activation_checkpointing=block, full or attention, or activation_offload=false"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _compiles(self) -> RunConfig:
         if self.compile is True and self.zero.stage == 3:
             raise ValueError(
                 "compile=true with zero.stage=3, which gathers each weight by hooks that cannot be traced; choose zero=1 "
                 "or 2, or compile=false"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _offloads_something(self) -> RunConfig:
-        if self.activation_offload and self.activation_checkpointing == "none":
-            raise ValueError(
-                "activation_offload=true with activation_checkpointing=none, which keeps everything on the GPU; choose "
-                "activation_checkpointing=attention, block or full"
             )
         return self
 

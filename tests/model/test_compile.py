@@ -118,6 +118,29 @@ def test_what_is_computed_twice(mode, times, keeps, compiled, model, attention, 
     assert all(layer.attention.save_outputs for layer in decoder.layers)
 
 
+@pytest.mark.parametrize("mode", ["attention", "block", "full"])
+def test_offloading_changes_no_graph(mode, model, attention, build, pack, counted):
+    """What the graphs save goes through the hooks when they run: the layer's input to the host, and nothing else."""
+    from torch._dynamo.utils import counters
+
+    decoder = build(model(num_layers=3, head_dim_qk=16, head_dim_v=16, moe=None), attention(impl="triton"))
+    decoder.compile_layers(backend=counted)
+    decoder.set_activation_checkpointing(mode)
+    plain = [gradients(decoder, lengths, i, pack) for i, lengths in enumerate(LENGTHS)]
+    assert counted.frame_count == 1
+    for again in range(2):  # with the graphs of before, and with ones made under the hooks
+        decoder.set_activation_checkpointing(mode, offload=True)
+        for i, (lengths, (wanted, exact)) in enumerate(zip(LENGTHS, plain)):
+            out, grads = gradients(decoder, lengths, i, pack)
+            assert torch.equal(out.loss_sum, wanted.loss_sum)
+            assert all(torch.equal(grads[name], grad) for name, grad in exact.items())
+            assert decoder.offload.packed == 3 * (i + 1) and decoder.offload.fetched == 2 * (i + 1)
+            assert decoder.offload.bytes == decoder.offload.packed * 32 * 32 * 4 and decoder.offload.buffers == 3
+            assert counted.frame_count == again + 1
+        torch._dynamo.reset()
+    assert not counters["graph_break"]
+
+
 def test_a_watched_layer_is_not_compiled(model, attention, build, pack, counted):
     """Hooks on a layer's parts are passed over by a graph that has been made without them."""
     decoder = build(model(head_dim_qk=16, head_dim_v=16, moe=None), attention(impl="triton"))

@@ -1,123 +1,105 @@
-"""Layers' inputs that wait on the host: the same numbers, and only the inputs."""
-
-import gc
-import itertools
+"""Layers' inputs in host memory: only they, in buffers used again, with equal results."""
 
 import pytest
 import torch
 
-from sieve.kernels.nsa.layout import Packing
 from sieve.model.offload import Offload
 
-T = 64
+LENGTHS = [20, 12]
 
 
-def run(decoder, lengths=(40, 24)):
-    """Loss and gradients of a micro-batch, which goes to the model's device without waiting."""
-    generator, device = torch.Generator().manual_seed(0), decoder.embed.weight.device
-
-    def there(x):
-        return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
-
-    tokens, labels = (there(torch.randint(0, 61, (1, sum(lengths)), generator=generator)) for _ in range(2))
-    ends = there(torch.tensor(list(itertools.accumulate(lengths, initial=0)), dtype=torch.int32))
+def gradients(decoder, pack, seed=0, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(seed)
+    tokens, labels = (torch.randint(0, 61, (1, sum(lengths)), generator=generator) for _ in range(2))
     decoder.zero_grad()
-    loss = decoder(tokens, labels, Packing.of(ends, sum(lengths), max(lengths))).loss_sum
+    loss = decoder(tokens, labels, pack(lengths)).loss_sum
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
+    return loss.detach(), {name: p.grad.clone() for name, p in decoder.named_parameters()}
 
 
-def free(decoder):
-    gc.collect()
-    return [buffer for found in decoder._offload.free.values() for buffer, _ in found]
-
-
-@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("mode", ["attention", "block", "full"])
 @pytest.mark.parametrize("kind", ["full", "nsa"])
-def test_numbers_are_the_same(kind, mode, compiled, model, attention, build):
-    torch._dynamo.reset()
+def test_bit_equal_and_only_inputs(kind, mode, model, attention, build, pack):
     decoder = build(model(num_layers=3, moe=None), attention(kind))
     decoder.set_activation_checkpointing(mode)
-    if compiled:
-        decoder.compile_layers(backend="aot_eager", fullgraph=False)
-    loss, grads = run(decoder)
+    wanted = [gradients(decoder, pack, seed) for seed in range(3)]
     decoder.set_activation_checkpointing(mode, offload=True)
-    for _ in range(2):
-        again, others = run(decoder)
-        assert torch.equal(again, loss)
-        assert others.keys() == grads.keys() and all(torch.equal(others[name], grad) for name, grad in grads.items())
-    buffers = free(decoder)  # one a layer, used again in the second step
-    assert [b.shape for b in buffers] == 3 * [(T, decoder.config.hidden_size)]
-    torch._dynamo.reset()
-
-
-def test_a_buffer_is_not_used_again_while_a_graph_needs_it(model, attention, build, pack):
-    decoder = build(model(num_layers=2, moe=None), attention("full"))
-    decoder.set_activation_checkpointing("block", offload=True)
-    tokens = torch.arange(T)[None] % 61
-    first, second = (decoder(tokens, tokens.roll(k, 1), pack([T])).loss_sum for k in (1, 2))
-    assert not free(decoder)
-    a = torch.autograd.grad(first, decoder.embed.weight, retain_graph=True)[0]
-    assert not free(decoder)
-    b = torch.autograd.grad(second, decoder.embed.weight)[0]
-    assert len(free(decoder)) == 2
-    again = torch.autograd.grad(first, decoder.embed.weight)[0]
-    assert torch.equal(a, again) and not torch.equal(a, b)
-    assert len(free(decoder)) == 4
-
-
-def test_only_the_input_goes():
-    offload, packed = Offload(torch.device("cpu")), []
-    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(3, 3, requires_grad=True)
-    offload.buffer = lambda saved: packed.append(saved) or torch.empty(saved.shape)
-    with offload.keep(x):
-        y = ((x @ weight).exp() * x).sum()
-    grads = torch.autograd.grad(y, (x, weight))
-    assert len(packed) == 1 and packed[0].data_ptr() == x.data_ptr()
-    for got, want in zip(grads, torch.autograd.grad(((x @ weight).exp() * x).sum(), (x, weight))):
-        assert torch.equal(got, want)
-
-
-def test_nothing_is_kept_where_no_gradient_is_wanted(model, attention, build, pack):
-    decoder = build(model(num_layers=2, moe=None), attention("full"))
-    decoder.set_activation_checkpointing("block", offload=True)
+    for step in range(3):
+        loss, grads = gradients(decoder, pack, step)
+        assert torch.equal(loss, wanted[step][0])
+        assert all(torch.equal(grad, wanted[step][1][name]) for name, grad in grads.items())
+        offload = decoder.offload
+        assert offload.packed == 3 * (step + 1)
+        assert offload.bytes == offload.packed * sum(LENGTHS) * 32 * 4
+        assert offload.fetched == 2 * (step + 1)  # the last layer's is still there
+        assert offload.buffers == 3
     with torch.no_grad():
-        decoder(torch.zeros(1, T, dtype=torch.int64), torch.zeros(1, T, dtype=torch.int64), pack([T]))
-    assert decoder._offload is None
+        decoder.logits(torch.zeros(1, 32, dtype=torch.int64), pack(LENGTHS))
+    assert offload.packed == 9
 
 
-def test_without_checkpointing_it_is_refused(model, attention, build):
-    with pytest.raises(ValueError, match="attention, block or full"):
-        build(model(), attention("full")).set_activation_checkpointing("none", offload=True)
+def test_rows_of_another_length_and_a_forward_without_backward(model, attention, build, pack):
+    decoder = build(model(), attention())
+    decoder.set_activation_checkpointing("block")
+    wanted = gradients(decoder, pack, lengths=[50, 14])
+    decoder.set_activation_checkpointing("block", offload=True)
+    gradients(decoder, pack)
+    decoder(*torch.zeros(2, 1, 32, dtype=torch.int64), pack(LENGTHS))
+    loss, grads = gradients(decoder, pack, lengths=[50, 14])
+    assert torch.equal(loss, wanted[0]) and all(torch.equal(g, wanted[1][n]) for n, g in grads.items())
+    assert decoder.offload.buffers == 4
+
+
+def test_a_graph_may_be_gone_through_twice():
+    offload, x, weight = Offload(), torch.randn(4, 3), torch.randn(3, 3, requires_grad=True)
+    with offload.of(x):
+        loss = (x @ weight).square().sum()
+    first, = torch.autograd.grad(loss, weight, retain_graph=True)
+    second, = torch.autograd.grad(loss, weight)
+    assert torch.equal(first, second) and offload.packed == 1 and offload.fetched == 1
+
+
+def test_needs_checkpointing(model, attention, build):
+    with pytest.raises(ValueError, match="offload=True needs activation checkpointing attention, block or full"):
+        build(model(), attention()).set_activation_checkpointing("none", offload=True)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("compiled", [False, True])
-def test_on_a_gpu_it_frees_memory_and_waits_for_nothing(compiled, model, attention, build):
-    layers, hidden, lengths = 12, 512, (9000, 7384)
-    decoder = build(
-        model(num_layers=layers, hidden_size=hidden, num_heads=8, num_kv_heads=2, head_dim_qk=64, head_dim_v=64,
-              intermediate_size=1024, moe=None),
-        attention("nsa", block_size=64, kernel_size=32, kernel_stride=16, topk=16, window_size=512),
-    ).to("cuda", torch.bfloat16)
+def test_memory_on_the_gpu(compiled):
+    from sieve.kernels.nsa.layout import Packing
+    from sieve.model.config import AttentionConfig, ModelConfig
+    from sieve.model.decoder import Decoder
+    from sieve.model.init import initialize
+
+    layers, length, hidden = 12, 16384, 1024
+    config = ModelConfig(
+        name="gpu", num_layers=layers, hidden_size=hidden, num_heads=16, num_kv_heads=1, head_dim_qk=64, head_dim_v=64,
+        intermediate_size=1024,
+    )
+    with torch.device("cuda"):
+        decoder = Decoder(config, AttentionConfig(type="nsa"), 1000)
+    initialize(decoder, 0)
+    decoder.bfloat16()
     if compiled:
         decoder.compile_layers()
-    peaks, found = [], []
+    ends = torch.tensor([0, length], dtype=torch.int32, device="cuda")
+    tokens = torch.randint(0, 1000, (1, length), device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    found = []
     for offload in (False, True):
         decoder.set_activation_checkpointing("block", offload=offload)
-        for _ in range(2):
-            run(decoder, lengths)
+        for _ in range(3):
+            decoder.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            out = decoder(tokens, tokens, Packing.of(ends, length, length))
+            out.loss_sum.backward()
         torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            found.append(run(decoder, lengths))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.synchronize()
-        peaks.append(torch.cuda.max_memory_allocated())
-    x = sum(lengths) * hidden * 2
-    (loss, grads), (again, others) = found
-    assert torch.equal(loss, again) and all(torch.equal(grads[name], others[name]) for name in grads)
-    assert peaks[0] - peaks[1] > (layers - 5) * x  # some are on their way
+        grads = [p.grad.clone() for p in decoder.parameters()]
+        found.append((torch.cuda.max_memory_allocated(), out.loss_sum.detach(), grads))
+        if not offload:
+            grads[:] = [g.cpu() for g in grads]  # not to count in the second's peak
+        del out
+    (plain, loss, grads), (less, again, others) = found
+    assert torch.equal(loss, again) and all(torch.equal(a, b.cpu()) for a, b in zip(grads, others))
+    assert plain - less > (layers - 4) * length * hidden * 2
+    assert decoder.offload.buffers == layers

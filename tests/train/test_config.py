@@ -67,3 +67,9 @@ def test_a_config_is_frozen_and_closed():
 
 def test_dense_len_concerns_nsa_layers_alone():
     assert load_config(["zero=3", "attention=full", "attention.dense_len=64"]).attention.dense_len == 64
+
+
+def test_offloading_needs_checkpointing():
+    with pytest.raises(ValueError, match="activation_offload=true with activation_checkpointing=none.*choose"):
+        load_config(["activation_offload=true"])
+    assert load_config(["activation_offload=true", "activation_checkpointing=full"]).activation_offload

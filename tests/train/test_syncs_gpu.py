@@ -16,13 +16,15 @@ def group():
         yield
 
 
+@pytest.mark.parametrize("offload", ["false", "true"])
 @pytest.mark.parametrize("compiled", ["false", "true"])
 @pytest.mark.parametrize("attention", ["full", "nsa"])
 @pytest.mark.parametrize("zero", ["1", "2"])
-def test_a_step_does_not_wait(attention, zero, compiled, tmp_path, monkeypatch):
+def test_a_step_does_not_wait(attention, zero, compiled, offload, tmp_path, monkeypatch):
     case = Case([
         "model=small", "model.num_layers=2", f"attention={attention}", f"zero={zero}", "dtype=bf16", "device=cuda",
         "seq_len=4096", "global_batch=2", "micro_batch=1", "steps=1000", f"runs_dir={tmp_path}", f"compile={compiled}",
+        f"activation_offload={offload}", f"activation_checkpointing={'block' if offload == 'true' else 'none'}",
         "loss.impl=compiled", "loss.chunk_size=2048",  # Liger's counts its labels on the host
     ], 1024, documents=3)
     try:
