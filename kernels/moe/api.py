@@ -16,7 +16,7 @@ from sieve.kernels.moe.impl import Impl
 from sieve.kernels.moe.reference import Dispatch, LocalDispatch
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-AUTO_ON_CUDA: Impl = "triton"  # the fastest whole layer on an H200: benchmarks/2026-11-24-moe
+AUTO_ON_CUDA: Impl = "triton"  # the fastest whole layer on an H200: benchmarks/2026-11-24-training
 LOCAL = LocalDispatch()
 
 
