@@ -145,9 +145,10 @@ class AttentionConfig(Config):
     qk_norm: bool = False
     output_gate: bool = Field(False, description="sigmoid gate per head and token on full and window layers' output")
     impl: Literal["auto", "triton", "reference"] = "auto"
-    dense_impl: Literal["auto", "cudnn"] = Field(
-        "auto", description="of full attention; cudnn: on a GPU, in micro-batches whose documents are all of one length"
-    )
+    dense_impl: Literal["auto", "cudnn", "triton"] = Field("auto", description=(
+        "of full and window attention; cudnn: on a GPU, full, in micro-batches whose documents are all of one length; triton: "
+        "slower, and the same bits in every run"
+    ))
     window_size: int = 512
     kernel_size: int = 32
     kernel_stride: int = 16

@@ -11,15 +11,16 @@ from sieve.kernels.full.cudnn import cudnn_attention, why_not_cudnn
 from sieve.kernels.full.reference import causal_attention
 from sieve.kernels.full.sdpa import sdpa_attention
 from sieve.kernels.full.varlen import varlen_attention, why_not_varlen
+from sieve.kernels.nsa.api import why_not_triton
 from sieve.kernels.nsa.layout import Packing
 
-Impl = Literal["auto", "varlen", "cudnn", "sdpa", "reference"]
-IMPLS = ("auto", "varlen", "cudnn", "sdpa", "reference")
+Impl = Literal["auto", "varlen", "cudnn", "triton", "sdpa", "reference"]
+IMPLS = ("auto", "varlen", "cudnn", "triton", "sdpa", "reference")
 
 
 def resolve_impl(
     impl: Impl, q: Tensor, v: Tensor, window: int | None, even: bool = False
-) -> Literal["varlen", "cudnn", "sdpa", "reference"]:
+) -> Literal["varlen", "cudnn", "triton", "sdpa", "reference"]:
     """Which implementation runs; "auto" logs its choice once. ValueError when a named one cannot serve.
 
     "cudnn" serves full attention over documents of one length (`even`); all else is then chosen as by "auto".
@@ -30,6 +31,11 @@ def resolve_impl(
         return "reference"
     if impl == "sdpa":
         return "sdpa"
+    if impl == "triton":
+        reason = why_not_triton(q.device, q.dtype)
+        if reason is not None:
+            raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='auto'")
+        return "triton"
     if impl == "cudnn":
         reason = why_not_cudnn(q, v)
         if reason is not None:
@@ -84,6 +90,7 @@ def attention(
 
     Query head h reads KV head h // (H // Hkv). window: keep the keys (t - window, t], the query's own included; None
     keeps all. "cudnn": where all documents are of one length (packing.even), and as "auto" elsewhere.
+    "triton": NSA's window kernels, whose gradients are the same in every run, as those of FlashAttention are not.
     "auto" takes varlen (FlashAttention) on CUDA in half precision, else SDPA by document, but the chunked
     reference for windows on CUDA. Raises ValueError on shapes, dtypes or devices that do not fit together, and on an
     impl that cannot serve them.
@@ -95,6 +102,10 @@ def attention(
         return varlen_attention(q, k, v, packing, window, scale=scale)
     if chosen == "cudnn":
         return cudnn_attention(q, k, v, packing, scale=scale)
+    if chosen == "triton":
+        from sieve.kernels.nsa.window import window_attention
+
+        return window_attention(q, k, v, packing, window, scale=scale)[0]
     if chosen == "sdpa":
         return sdpa_attention(q, k, v, packing, window, scale=scale)
     return causal_attention(q, k, v, packing, window, scale=scale)[0]

@@ -22,7 +22,7 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @constant
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot serve tensors of this device and dtype; None when they can."""
     if dtype not in TRITON_DTYPES:
         return f"its kernels take {', '.join(str(t) for t in TRITON_DTYPES)}, not {dtype}"
@@ -48,7 +48,7 @@ def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Litera
     if impl == "auto" and device.type != "cuda":
         log_once(__name__, f"nsa attention: sdpa (plain PyTorch), since the tensors are on {device.type}")
         return "sdpa"
-    reason = _why_not_triton(device, dtype)
+    reason = why_not_triton(device, dtype)
     if impl == "triton":
         if reason is not None:
             raise ValueError(f"impl='triton' cannot be had: {reason}; use impl='reference' or 'auto'")

@@ -21,7 +21,7 @@ TRITON_MODULE = "sieve.kernels.nsa.decode_triton"
 
 def decode_kernels_missing(device: torch.device, dtype: torch.dtype, queries: int, d_qk: int, d_v: int) -> str | None:
     """The reason why the decode kernels cannot serve `queries` tokens a sequence; None when they can."""
-    reason = api._why_not_triton(device, dtype)
+    reason = api.why_not_triton(device, dtype)
     if reason is None and importlib.util.find_spec(TRITON_MODULE) is None:
         reason = f"{TRITON_MODULE} is not part of this installation"
     if reason is None and not {d_qk, d_v} <= set(supported_dims()):

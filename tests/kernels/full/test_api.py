@@ -1,6 +1,7 @@
 """Full and window attention: every implementation against the naive loop, and what the front door refuses."""
 
 import logging
+import os
 
 import pytest
 import torch
@@ -50,6 +51,22 @@ def test_heads(naive, packed, window, heads, kv_heads, dim_qk, dim_v):
 
 def test_logits_of_a_hundred(naive, packed):
     check(naive, packed, [40], None, std=10.0)
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_triton_is_the_same_within_rounding(naive, packed, window):
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a GPU or Triton's interpreter")
+    qkv, cotangent = leaves(PACKED, dim_qk=32, dim_v=32, dtype=torch.float32, device=device)
+    found = []
+    for impl in ("reference", "triton", "triton"):
+        out = api.attention(*qkv, packed(PACKED, device), scale=0.2, window=window, impl=impl)
+        found.append([out, *torch.autograd.grad(out, qkv, cotangent)])
+    for want, got, again in zip(*found):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+        assert torch.equal(got, again)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -109,7 +126,7 @@ def test_dtypes(packed, impl, dtype, tolerance):
     ({"v": torch.zeros(12, 2, 4).bfloat16()}, "v is torch.bfloat16, q is torch.float32"),
     ({"k": torch.zeros(12, 2, 6, device="meta")}, "k is on meta, q on cpu"),
     ({"window": 0}, "window=0 must be at least 1"),
-    ({"impl": "flash"}, "impl='flash' is not one of auto, varlen, cudnn, sdpa, reference"),
+    ({"impl": "flash"}, "impl='flash' is not one of auto, varlen, cudnn, triton, sdpa, reference"),
     ({"impl": "varlen"}, "impl='varlen' cannot be had: the tensors are on cpu, it needs cuda"),
 ])
 def test_what_is_refused(packed, change, message):
