@@ -14,7 +14,7 @@ from sieve.model.projection import project
 from sieve.model.rope import attention_scale, rotate
 
 # The layer's `impl` names NSA's kernels; this is what the dense kernels call the same wish.
-DENSE_IMPL = {"auto": "auto", "triton": "auto", "reference": "reference"}
+DENSE_IMPL = {"auto": "auto", "triton": "auto", "sdpa": "auto", "reference": "reference"}
 
 
 def dense_impl(config: AttentionConfig) -> str:

@@ -144,7 +144,10 @@ class AttentionConfig(Config):
     layers: tuple[AttentionType, ...] | None = None
     qk_norm: bool = False
     output_gate: bool = Field(False, description="sigmoid gate per head and token on full and window layers' output")
-    impl: Literal["auto", "triton", "reference"] = "auto"
+    impl: Literal["auto", "triton", "sdpa", "reference"] = Field("auto", description=(
+        "of NSA; sdpa and reference are plain PyTorch, for comparisons, the one by fused attention under masks, the other by "
+        "dense scores in fp32"
+    ))
     dense_impl: Literal["auto", "cudnn", "triton"] = Field("auto", description=(
         "of full and window attention; cudnn: on a GPU, full, in micro-batches whose documents are all of one length; triton: "
         "slower, and the same bits in every run"

@@ -147,7 +147,9 @@ class NSA(nn.Module):
     ) -> Tensor:
         """Of new tokens whose selection keys and compressed blocks the cache has already: [T, H, Dv]."""
         keys, values, position = cache.window(k_win, v_win, chunk)
-        impl = "auto" if self.impl == "triton" and chunk.width > 1 else self.impl  # its decode kernels take one token
+        impl = "reference" if self.impl == "sdpa" else self.impl
+        if impl == "triton" and chunk.width > 1:
+            impl = "auto"  # its decode kernels take one token
         out, _ = nsa_decode(
             chunk.pad(q), cache["k_cmp"], cache["v_cmp"], cache["k_slc"], cache["v_slc"], keys, values,
             chunk.pad(gates), chunk.query, position, chunk.longest, self.geometry, scale=self.scale,

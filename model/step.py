@@ -35,8 +35,8 @@ def why_not_graph(model: Decoder, cache: Cache) -> str | None:
         return f"texts are dense up to {attention.dense_len} tokens and sparse afterwards (attention.dense_len)"
     kinds = set(attention.layer_types(config.num_layers))
     dims = config.head_dim_qk, config.head_dim_v
-    if attention.impl == "reference":
-        return "attention.impl=reference"
+    if attention.impl in ("sdpa", "reference"):
+        return f"attention.impl={attention.impl}"
     missing = decode_kernels_missing(weight.device, weight.dtype, 1, *dims) if "nsa" in kinds else None
     if missing is None:
         missing = why_not_triton(weight.device, weight.dtype, 1, *dims)

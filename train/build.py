@@ -144,8 +144,8 @@ def build_model(config: RunConfig, device: torch.device, vocab_size: int) -> Dec
     with torch.device(device):
         module = Decoder(config.model, config.attention, vocab_size, config.loss)
     module.set_activation_checkpointing(config.activation_checkpointing, config.activation_offload)
-    # On a CPU, and in the reference, attention reads the documents' lengths on the host: a gap in every layer's graph.
-    whole = device.type == "cuda" and config.attention.impl != "reference"
+    # On a CPU, and in plain PyTorch, attention reads the documents' lengths on the host: a gap in every layer's graph.
+    whole = device.type == "cuda" and config.attention.impl not in ("sdpa", "reference")
     if config.compile is True or config.compile == "auto" and whole and config.zero.stage < 3:
         module.compile_layers(fullgraph=whole)
     if device.type != "meta":

@@ -2,7 +2,8 @@
 # The first losses of NSA by its Triton kernels beside those by plain PyTorch, on the same tokens and initial weights, one
 # row a step, for each row length: LENGTHS="8192 16384" scripts/launch/kernel_losses.sh [OVERRIDE ...], as in
 #   SIEVE_BOOKS=books scripts/launch/kernel_losses.sh model=small data=books tokenizer=bpe32k dtype=bf16 steps=50
-# The runs of a length share the GPU; IMPLS names the implementations (default: triton reference). Each pair is compared in
+# The runs of a length share the GPU; IMPLS names the implementations (default: triton reference; sdpa, plain PyTorch through
+# fused attention under masks, takes less time where rows are long). Each pair is compared in
 # runs/kernels-LENGTH-IMPL/report.
 set -euo pipefail
 command -v sieve >/dev/null || sieve() { python3 -c 'import sys; from sieve.train.cli import main; sys.exit(main())' "$@"; }

@@ -160,3 +160,17 @@ def test_users_mistakes(model, attention, build, pack):
         model(moe=dict(num_experts=2, top_k=1, expert_size=20))
     with pytest.raises(ValueError, match="hidden_size=36 is not divisible by 8"):
         model(hidden_size=36)
+
+
+def test_plain_implementations_agree_and_decode(model, attention, build, pack):
+    tokens, labels = rows()
+    losses, last = [], []
+    for impl in ("reference", "sdpa"):
+        decoder = build(model(), attention("nsa", impl=impl))
+        losses.append(decoder(tokens, labels, pack(LENGTHS)).loss_sum)
+        cache = decoder.new_cache(1, 64)
+        decoder.extend(tokens[0, :50], [50], cache)
+        last.append(decoder.extend(tokens[0, 50:51], [1], cache))
+        torch.testing.assert_close(last[-1][0], decoder.logits(tokens[:, :51], pack([51]))[0, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-3)
+    torch.testing.assert_close(last[0], last[1], rtol=1e-4, atol=1e-4)

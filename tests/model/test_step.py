@@ -76,7 +76,8 @@ def test_there_is_no_graph_on_a_cpu(decoder):
 @pytest.mark.gpu
 def test_why_there_is_no_graph_on_a_gpu(decoder, moe):
     for changes, reason in (
-        ({"impl": "reference"}, "attention.impl=reference"), ({"dense_len": 5}, "texts are dense up to 5 tokens"),
+        ({"impl": "reference"}, "attention.impl=reference"), ({"impl": "sdpa"}, "attention.impl=sdpa"),
+        ({"dense_len": 5}, "texts are dense up to 5 tokens"),
         ({"moe": moe()}, "experts"),
     ):  # fmt: skip
         made = decoder("cuda", **changes)
