@@ -61,8 +61,21 @@ class Engine:
             its = sys.modules["deepspeed.runtime.bf16_optimizer"]
             its.is_invalid_grad_norm = lambda norm: False
             its.get_global_norm_of_tensors = lambda input_tensors, **_: _norm_of(input_tensors)
+            self._optimizer.update_hp_grads = self._accumulate
         if config["bf16"]["enabled"]:
             self._set_masters(initial)
+
+    @torch.no_grad()
+    def _accumulate(self, clear_lp_grads: bool = False) -> None:
+        """Add a backward's gradients to those in fp32: the sums that DeepSpeed makes, without its copies in fp32, and without
+        zeros that the next backward would have to add to."""
+        its = self._optimizer
+        for sums, known, parameters in zip(its.fp32_groups_gradients, its.fp32_groups_has_gradients, its.bf16_groups):
+            found = [i for i, p in enumerate(parameters) if p.grad is not None]
+            if found:
+                torch._foreach_add_([sums[i] for i in found], [parameters[i].grad.view_as(sums[i]) for i in found])
+            for i in found:
+                known[i], parameters[i]._hp_grad, parameters[i].grad = True, sums[i], None
 
     def _set_masters(self, initial: Callable[[str, torch.Size], Tensor]) -> None:
         from deepspeed.utils import safe_set_full_fp32_param

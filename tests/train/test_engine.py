@@ -101,6 +101,16 @@ def plain_steps(count: int = 3, clip: float = 1.0) -> tuple[list[tuple[float, fl
     return found, module
 
 
+def test_gradients_add_up_to_the_same_bits(one_rank):
+    """As on a GPU at stage 1, with our sums and with DeepSpeed's."""
+    ours, theirs = (engine_of(one_rank, 1, "bf16", as_on_cuda=True) for _ in range(2))
+    theirs._optimizer.update_hp_grads = type(theirs._optimizer).update_hp_grads.__get__(theirs._optimizer)
+    assert steps(ours) == steps(theirs)
+    assert all(p.grad is None for p in ours.module.parameters())
+    weights = masters(theirs)
+    assert all(torch.equal(p, weights[name]) for name, p in masters(ours).items())
+
+
 @pytest.mark.parametrize(("stage", "dtype"), FP32 + BF16)
 def test_losses_norms_and_weights_are_those_of_a_plain_loop(stage, dtype, one_rank):
     engine = engine_of(one_rank, stage, dtype, clip=0.3)
