@@ -156,6 +156,7 @@ def test_a_signal_that_is_not_heeded_ends_the_run_in_time(trainer, place):
     for line in process.stderr:
         if "fault: hang" in line:
             break
+    time.sleep(0.5)  # it says so a moment before it does
     begin = time.monotonic()
     process.send_signal(signal.SIGTERM)
     error = process.communicate(timeout=60)[1]
