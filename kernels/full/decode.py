@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sieve.kernels.common import availability
 from sieve.kernels.common.dense import attend, compute_dtype
 from sieve.kernels.common.dims import supported_dims
 from sieve.kernels.full.sdpa import attend_fused, one_head_size
@@ -20,15 +19,12 @@ CHUNK = 128  # queries whose scores, or mask, are held at once
 
 def why_not_triton(device: torch.device, dtype: torch.dtype, queries: int, d_qk: int, d_v: int) -> str | None:
     """The reason why the Triton kernel cannot serve `queries` tokens a sequence; None when it can."""
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if queries != 1:
-        return f"it takes one token a sequence, not {queries}"
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32) or not {d_qk, d_v} <= set(supported_dims()):
-        return f"it has no kernel for head dimensions {d_qk} and {d_v} in {dtype}"
-    return None
+    reason = availability.why_not_triton(device, dtype)
+    if reason is None and queries != 1:
+        reason = f"it takes one token a sequence, not {queries}"
+    if reason is None and not {d_qk, d_v} <= set(supported_dims()):
+        reason = f"it has no kernel for head dimensions {d_qk} and {d_v}"
+    return reason
 
 
 def cached_attention(

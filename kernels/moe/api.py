@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sieve.kernels.common.compiling import constant
+from sieve.kernels.common.availability import why_not_triton
 from sieve.kernels.common.log import log_once
 from sieve.kernels.moe import reference
 from sieve.kernels.moe.impl import Impl
 from sieve.kernels.moe.reference import Dispatch, LocalDispatch
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 AUTO_ON_CUDA: Impl = "triton"  # the fastest whole layer on an H200: benchmarks/2026-11-24-training
 LOCAL = LocalDispatch()
-
-
-@constant
-def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
-    if dtype not in DTYPES:
-        return f"its kernels take {', '.join(str(t) for t in DTYPES)}, not {dtype}"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    return None
 
 
 def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Literal["torch", "mixed", "triton"]:
@@ -37,10 +23,10 @@ def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Litera
         raise ValueError(f"impl={impl!r} is not one of {', '.join(get_args(Impl))}")
     if impl == "auto":
         wanted = AUTO_ON_CUDA if device.type == "cuda" else "torch"
-        chosen = "torch" if wanted != "torch" and _why_not_triton(device, dtype) else wanted
+        chosen = "torch" if wanted != "torch" and why_not_triton(device, dtype) else wanted
         log_once(__name__, f"experts: impl={chosen} on {device.type}")
         return chosen
-    reason = None if impl == "torch" else _why_not_triton(device, dtype)
+    reason = None if impl == "torch" else why_not_triton(device, dtype)
     if reason:
         raise ValueError(f"impl={impl!r} cannot be had: {reason}; use impl='torch' or 'auto'")
     return impl

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from sieve.kernels.common import availability
 from sieve.kernels.common.compiling import constant
 from sieve.kernels.common.log import log_once
 from sieve.kernels.nsa import reference, sdpa
@@ -18,21 +18,15 @@ from sieve.kernels.nsa.layout import Packing
 Impl = Literal["auto", "triton", "sdpa", "reference"]
 IMPLS = ("auto", "triton", "sdpa", "reference")
 TRITON_MODULE = "sieve.kernels.nsa.triton_ops"
-TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @constant
 def why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """The reason why the Triton kernels cannot serve tensors of this device and dtype; None when they can."""
-    if dtype not in TRITON_DTYPES:
-        return f"its kernels take {', '.join(str(t) for t in TRITON_DTYPES)}, not {dtype}"
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device.type}, and TRITON_INTERPRET=1 is not set"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed"
-    if importlib.util.find_spec(TRITON_MODULE) is None:
-        return f"{TRITON_MODULE} is not part of this installation"
-    return None
+    reason = availability.why_not_triton(device, dtype)
+    if reason is None and importlib.util.find_spec(TRITON_MODULE) is None:
+        reason = f"{TRITON_MODULE} is not part of this installation"
+    return reason
 
 
 def resolve_impl(impl: Impl, device: torch.device, dtype: torch.dtype) -> Literal["triton", "sdpa", "reference"]:

@@ -97,7 +97,7 @@ def test_experts_of_triton_keep_their_first_product(impl, monkeypatch):
     """In bf16 through the operators' fakes, as on a GPU."""
     pytest.importorskip("triton")
     through_triton(monkeypatch)
-    monkeypatch.setattr("sieve.kernels.moe.api._why_not_triton", lambda device, dtype: None)
+    monkeypatch.setattr("sieve.kernels.moe.api.why_not_triton", lambda device, dtype: None)
     model = ModelConfig(**SIZES, moe=MOE.model_copy(update={"impl": impl}))
     found = kept_bytes(model, AttentionConfig(), "none", monkeypatch)
     formula = activations(model, AttentionConfig(), VOCAB, T, size=2).total
