@@ -42,13 +42,12 @@ def check(ranks: int, dtype: str, stage: int) -> None:
         assert found["bf16"] == pytest.approx(formula["weights"] + rounded, rel=0.01)
 
 
-@pytest.mark.parametrize(("dtype", "stage"), [("bf16", 1), ("bf16", 2)])
-def test_one_rank_holds_what_the_formula_says(dtype, stage):
-    check(1, dtype, stage)
+def test_one_rank_holds_what_the_formula_says():
+    check(1, "bf16", 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "stage"), [("fp32", 0), ("fp32", 1), ("fp32", 2), ("fp32", 3), ("bf16", 3)])
+@pytest.mark.parametrize(("dtype", "stage"), [case for case in CASES if case != ("bf16", 1)])
 def test_one_rank_of_the_other_kinds(dtype, stage):
     check(1, dtype, stage)
 
