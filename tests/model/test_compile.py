@@ -9,7 +9,7 @@ from sieve.model import attention as attention_module
 
 LENGTHS = [[20, 12], [8, 9, 15], [32], [4] * 8]
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for the CPU: Triton's operator there")
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a CPU Triton's operators need its interpreter")
 
 
 @pytest.fixture(autouse=True)

@@ -112,7 +112,7 @@ def test_states_shrink_with_the_stage():
         activations(ModelConfig(**SIZES), AttentionConfig(), VOCAB, T, size=2, mode="some")
 
 
-@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="for the CPU: Triton's operator there")
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a CPU Triton's operators need its interpreter")
 @pytest.mark.parametrize("moe", [None, MOE], ids=["dense", "moe"])
 def test_what_compiled_layers_keep(moe, monkeypatch):
     """By the partitioner that inductor uses, NSA's operator opaque as on a GPU: what it computes here is nothing."""
