@@ -9,7 +9,9 @@ from sieve.model import attention as attention_module
 
 LENGTHS = [[20, 12], [8, 9, 15], [32], [4] * 8]
 
-pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="on a CPU Triton's operators need its interpreter")
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="on a CPU Triton's operators need its interpreter"
+)
 
 
 @pytest.fixture(autouse=True)
