@@ -12,8 +12,24 @@ import triton
 import triton.language as tl
 
 from sieve.kernels.common.launch import after_earlier
-from sieve.kernels.common.split_keys import empty_sum, fold, load_query, pair_of, part_range, store_part
+from sieve.kernels.common.split_keys import empty_sum, fold, load_query, pair_of, store_part
 from sieve.kernels.nsa.compress_tiles import seen_of
+
+
+@triton.jit
+def split_of(
+    at, slots, PARTS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr
+):  # fmt: skip
+    """How the tiles of the query at `at` are dealt out to PARTS programs: compressed slots seen, their tiles, all tiles,
+    where programs begin that have compressed keys (the first so many), and the first that has keys of the window.
+
+    A program of both leaves two results: compression's in the slot of its number, the window's always one slot later.
+    """
+    seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
+    tiles = tl.cdiv(seen, KEYS)
+    total = tiles + (WINDOW + KEYS - 1) // KEYS
+    compressing = tl.cdiv(tiles * PARTS, total)
+    return seen, tiles, total, compressing, tl.minimum(tl.cdiv((tiles + 1) * PARTS, total) - 1, compressing)
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -23,11 +39,11 @@ def compress_and_window(
     slots, factor,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, WINDOW: tl.constexpr,
-    CMP: tl.constexpr, WIN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv, max(CMP, WIN)), of which CMP programs have a part of the compressed keys and WIN one of the window's.
+    """Grid (B * Hkv, PARTS); o and stat hold PARTS + 1 results, which of them are whose: `split_of`.
 
-    score [B * Hkv, GROUP, slots], of what the query sees, if it has blocks to choose from. Parts: CMP, then WIN.
+    score [B * Hkv, GROUP, slots], of what the query sees, if it has blocks to choose from.
     """
     pair = tl.program_id(0)
     part = tl.program_id(1)
@@ -35,15 +51,18 @@ def compress_and_window(
     after_earlier(OVERLAP)
     at = tl.load(query_ptr + batch)
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
-    if part < CMP:
+    seen, tiles, total_tiles, compressing, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
+    first_tile = total_tiles * part // PARTS
+    last_tile = total_tiles * (part + 1) // PARTS
+    if part < compressing:
         k_ptr = k_cmp_ptr + batch * k_cmp_b + kv_head * k_cmp_h
         v_ptr = v_cmp_ptr + batch * v_cmp_b + kv_head * v_cmp_h
         row = tl.arange(0, ROWS)
         s_at = score_ptr + ((pair * GROUP + row).to(tl.int64) * slots)[:, None]
         kept = (row < GROUP) & (at // BLOCK >= TOPK)
-        begin, end = part_range(tl.minimum(seen_of(at, KERNEL, STRIDE), slots), part, CMP, KEYS)
+        end = tl.minimum(last_tile * KEYS, seen)
         acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
-        for first in range(begin, end, KEYS):
+        for first in range(first_tile * KEYS, end, KEYS):
             slot = first + tl.arange(0, KEYS)
             visible = slot < end
             place = slot.to(tl.int64)
@@ -52,11 +71,12 @@ def compress_and_window(
                 D0, D1, E0, E1,
             )  # fmt: skip
             tl.store(s_at + slot[None, :], s, mask=kept[:, None] & visible[None, :])
-        store_part(o_ptr, stat_ptr, pair * GROUP, part, CMP + WIN, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
-    if part < WIN:
+        store_part(o_ptr, stat_ptr, pair * GROUP, part, PARTS + 1, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
+    if part >= windowing:
         k_ptr = k_win_ptr + batch * k_win_b + kv_head * k_win_h
         v_ptr = v_win_ptr + batch * v_win_b + kv_head * v_win_h
-        begin, end = part_range(WINDOW, part, WIN, KEYS)
+        begin = tl.maximum(first_tile - tiles, 0) * KEYS
+        end = tl.minimum((last_tile - tiles) * KEYS, WINDOW)
         acc0, acc1, top, total = empty_sum(ROWS, E0, E1)
         for first in range(begin, end, KEYS):
             key = first + tl.arange(0, KEYS)
@@ -67,4 +87,4 @@ def compress_and_window(
                 acc0, acc1, top, total, q0, q1, k_ptr + place * k_win_n, v_ptr + place * v_win_n, visible, factor,
                 D0, D1, E0, E1,
             )  # fmt: skip
-        store_part(o_ptr, stat_ptr, pair * GROUP, CMP + part, CMP + WIN, acc0, acc1, top, total, GROUP, E0, E1, ROWS)
+        store_part(o_ptr, stat_ptr, pair * GROUP, part + 1, PARTS + 1, acc0, acc1, top, total, GROUP, E0, E1, ROWS)

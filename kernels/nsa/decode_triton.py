@@ -71,10 +71,10 @@ def launches(
     q, gates, query = q.contiguous(), gates.contiguous(), query.contiguous()
     k_cmp, v_cmp, k_slc, v_slc, k_win, v_win = map(unit_stride, (k_cmp, v_cmp, k_slc, v_slc, k_win, v_win))
 
-    cmp = parts_of(pairs, triton.cdiv(slots, first.keys), tiles.programs)
-    win = parts_of(pairs, triton.cdiv(geometry.window_size, first.keys), tiles.programs)
+    row = triton.cdiv(slots, first.keys) + triton.cdiv(geometry.window_size, first.keys)
+    parts = parts_of(pairs, row, tiles.programs)
     slc = parts_of(pairs, triton.cdiv(geometry.topk * geometry.block_size, chosen.keys), tiles.select_programs)
-    padded = {count: triton.next_power_of_2(count) for count in (cmp, win, slc)}
+    padded = {count: triton.next_power_of_2(count) for count in (parts, parts + 1, slc)}
     width = triton.next_power_of_2(geometry.topk)
     a, b = geometry.block_size // geometry.kernel_stride, geometry.kernel_size // geometry.kernel_stride
     a_padded, b_padded = triton.next_power_of_2(a), triton.next_power_of_2(max(b - 1, 1))
@@ -83,13 +83,13 @@ def launches(
     shares, kept = triton.cdiv(blocks, share), min(width, share)
     candidates = triton.next_power_of_2(shares * kept)
     mine = min(candidates, 128, COMPARED // width)
-    step, together = heads_weighed(group, share, a_padded), heads_together(max(cmp, win))
+    step, together = heads_weighed(group, share, a_padded), heads_together(parts + 1, 32)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.new_empty(shape, dtype=dtype)
 
     score, mix = scratch(pairs, group, slots), scratch(B * H, Dv)
-    o_first, stat_first = scratch(B * H, cmp + win, Dv), scratch(B * H, cmp + win, 2)
+    o_first, stat_first = scratch(B * H, parts + 1, Dv), scratch(B * H, parts + 1, 2)
     o_slc, stat_slc = scratch(B * H, slc, Dv), scratch(B * H, slc, 2)
     rank, block = (scratch(pairs, shares, kept, dtype=torch.int32) for _ in range(2))
     index, out = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32), q.new_empty(B, 1, H, Dv)
@@ -99,20 +99,21 @@ def launches(
     dims = {"D0": d0, "D1": d1, "E0": e0, "E1": e1}
     wide = {"DIM": Dv, "WIDE": triton.next_power_of_2(Dv)}
     kernel = {"KERNEL": geometry.kernel_size, "STRIDE": geometry.kernel_stride}
+    cut = {"WINDOW": geometry.window_size, "PARTS": parts, "KEYS": first.keys}
 
     def compression_and_window() -> None:
-        compress_and_window[(pairs, max(cmp, win))](
+        compress_and_window[(pairs, parts)](
             q, k_cmp, v_cmp, k_win, v_win, query, score, o_first, stat_first, *k_cmp.stride()[:3], *v_cmp.stride()[:3],
-            *k_win.stride()[:3], *v_win.stride()[:3], slots, factor, WINDOW=geometry.window_size, CMP=cmp, WIN=win,
-            ROWS=first.rows, KEYS=first.keys, **shape, **dims, **kernel, **every, **first.options,
+            *k_win.stride()[:3], *v_win.stride()[:3], slots, factor,
+            ROWS=first.rows, **cut, **shape, **dims, **kernel, **every, **first.options,
         )  # fmt: skip
 
     def weights() -> None:
         weigh_and_merge[(pairs * shares + triton.cdiv(B * H, together),)](
             query, score, o_first, stat_first, gates, rank, block, mix, slots, pairs, INIT=geometry.init_blocks,
             LOCAL=geometry.local_blocks, A_PADDED=a_padded, B_PADDED=b_padded, SHARE=share, SHARES=shares, KEPT=kept,
-            CHUNK=min(share, COMPARED // (4 * share)), STEP=step, CMP=cmp,
-            CMP_PADDED=padded[cmp], WIN=win, WIN_PADDED=padded[win], HEADS=together, **shape, **kernel, **wide, **every,
+            CHUNK=min(share, COMPARED // (4 * share)), STEP=step,
+            PADDED=padded[parts], ALL_PADDED=padded[parts + 1], HEADS=together, **cut, **shape, **kernel, **wide, **every,
             num_warps=weigh_warps(share), maxnreg=WEIGH_REGISTERS if step >= group else None,
         )  # fmt: skip
 

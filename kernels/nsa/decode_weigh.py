@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 
 from sieve.kernels.common.launch import after_earlier
-from sieve.kernels.common.split_keys import heads_of, merged
-from sieve.kernels.nsa.compress_tiles import seen_of
+from sieve.kernels.common.split_keys import heads_of
+from sieve.kernels.nsa.decode_compress import split_of
 
 FORCED = tl.constexpr(0x7FFFFFFF)
 
@@ -29,7 +29,7 @@ def ahead_of(theirs, their_place, rank, place):
 def _importance(
     score_ptr, stat_ptr, first_head, first_block, seen, slots,
     GROUP: tl.constexpr, A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, B_PADDED: tl.constexpr,
-    SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, CMP: tl.constexpr, CMP_PADDED: tl.constexpr,
+    SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, compressing,
 ):  # fmt: skip
     """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before."""
     inside = tl.arange(0, SHARE * A_PADDED) % A_PADDED
@@ -39,7 +39,7 @@ def _importance(
     edge_live = (tl.arange(0, B_PADDED) < B - 1) & (edge_slot >= 0) & (edge_slot < seen)
     weight = tl.zeros([SHARE * A_PADDED], tl.float32)
     edge_weight = tl.zeros([B_PADDED], tl.float32)
-    part = tl.arange(0, CMP_PADDED)[None, :]
+    part = tl.arange(0, PADDED)[None, :]
     # What lies past `seen` is read and dropped: a mask that may end anywhere would make wide loads narrow ones.
     for first in tl.range(0, GROUP, STEP, num_stages=1):
         head = first + tl.arange(0, STEP)
@@ -48,9 +48,11 @@ def _importance(
         s = tl.load(s_at + slot[None, :], mask=ok & (slot < slots)[None, :], other=float("-inf"))
         s = tl.where(live[None, :], s, float("-inf"))
         edge = tl.load(s_at + edge_slot[None, :], mask=ok & edge_live[None, :], other=float("-inf"))
-        at = stat_ptr + 2 * ((first_head + head).to(tl.int64)[:, None] * PARTS + part)
-        top = tl.load(at, mask=ok & (part < CMP), other=float("-inf"))
-        total = tl.load(at + 1, mask=ok & (part < CMP), other=0.0)
+        at = stat_ptr + 2 * ((first_head + head).to(tl.int64)[:, None] * (PARTS + 1) + part)
+        top = tl.load(at, mask=ok & (part < PARTS), other=float("-inf"))
+        total = tl.load(at + 1, mask=ok & (part < PARTS), other=0.0)
+        top = tl.where(part < compressing, top, float("-inf"))  # past it lies what nobody wrote, or the window's
+        total = tl.where(part < compressing, total, 0.0)
         highest = tl.max(top, 1)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
@@ -70,13 +72,49 @@ def _importance(
     return found
 
 
+@triton.jit
+def _shares(top, total, mine):
+    """fp32 [HEADS, parts]: what each part's sum of values counts for in a branch's output, 0 where not `mine`."""
+    top = tl.where(mine, top, float("-inf"))
+    highest = tl.max(top, 1)
+    scale = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest)[:, None])
+    weight = tl.sum(tl.where(mine, total, 0.0) * scale, 1)
+    return scale / tl.where(weight > 0.0, weight, 1.0)[:, None]
+
+
+@triton.jit
+def _mix(
+    query_ptr, o_ptr, stat_ptr, gate_ptr, mix_ptr, program, heads, slots, EACH: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr,
+    PADDED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """Compression and window attention, weighed by their gates, of HEADS of the B * H heads, EACH a sequence."""
+    head, ok = heads_of(program, heads, HEADS)
+    at = tl.load(query_ptr + head // EACH)
+    _, _, _, compressing, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
+    part = tl.arange(0, PADDED)[None, :]
+    column = tl.arange(0, WIDE)[None, :]
+    written = head.to(tl.int64)[:, None] * (PARTS + 1) + part
+    top = tl.load(stat_ptr + 2 * written, mask=part <= PARTS, other=float("-inf"))
+    total = tl.load(stat_ptr + 2 * written + 1, mask=part <= PARTS, other=0.0)
+    o_at = o_ptr + (written * DIM)[:, :, None] + column[:, None]
+    o = tl.load(o_at, mask=(part <= PARTS)[:, :, None] & (column < DIM)[:, None], other=0.0)
+    compressed = part < compressing[:, None]
+    windowed = (part > windowing[:, None]) & (part <= PARTS)
+    share = tl.load(gate_ptr + head * 3).to(tl.float32)[:, None] * _shares(top, total, compressed)
+    share += tl.load(gate_ptr + head * 3 + 2).to(tl.float32)[:, None] * _shares(top, total, windowed)
+    o = tl.where((compressed | windowed)[:, :, None], o, 0.0)  # one slot may hold what nobody wrote
+    mix_at = mix_ptr + (head.to(tl.int64) * DIM)[:, None] + column
+    tl.store(mix_at, tl.sum(o * share[:, :, None], 1), mask=ok[:, None] & (column < DIM))
+
+
 @triton.jit(do_not_specialize=["pairs"])
 def weigh_and_merge(
     query_ptr, score_ptr, o_ptr, stat_ptr, gate_ptr, rank_ptr, block_ptr, mix_ptr, slots, pairs,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, A_PADDED: tl.constexpr, B_PADDED: tl.constexpr,
     SHARE: tl.constexpr, CHUNK: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr,
-    CMP: tl.constexpr, CMP_PADDED: tl.constexpr, WIN: tl.constexpr, WIN_PADDED: tl.constexpr,
+    WINDOW: tl.constexpr, KEYS: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, ALL_PADDED: tl.constexpr,
     DIM: tl.constexpr, WIDE: tl.constexpr, HEADS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (pairs * SHARES + pairs * GROUP / HEADS), pairs being B * Hkv.
@@ -95,10 +133,10 @@ def weigh_and_merge(
         first = program % SHARES * SHARE
         if (current >= TOPK) & (first <= current):
             block = first + tl.arange(0, SHARE)
-            seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
+            seen, _, _, compressing, _ = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
             importance = _importance(
                 score_ptr, stat_ptr, pair * GROUP, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
-                KERNEL // STRIDE, B_PADDED, SHARE, STEP, CMP + WIN, CMP, CMP_PADDED,
+                KERNEL // STRIDE, B_PADDED, SHARE, STEP, PARTS, PADDED, compressing,
             )  # fmt: skip
             forced = (block < INIT) | (block > current - LOCAL)
             rank = tl.where(forced, FORCED, importance.to(tl.int32, bitcast=True))
@@ -116,11 +154,7 @@ def weigh_and_merge(
             tl.store(rank_ptr + place, mine, mask=kept)
             tl.store(block_ptr + place, first + local, mask=kept)
     else:
-        head, ok = heads_of(program - pairs * SHARES, pairs * GROUP, HEADS)
-        o_cmp = merged(o_ptr, stat_ptr, head, 0, CMP + WIN, CMP, CMP_PADDED, DIM, WIDE)
-        o_win = merged(o_ptr, stat_ptr, head, CMP, CMP + WIN, WIN, WIN_PADDED, DIM, WIDE)
-        mix = tl.load(gate_ptr + head * 3).to(tl.float32)[:, None] * o_cmp
-        mix += tl.load(gate_ptr + head * 3 + 2).to(tl.float32)[:, None] * o_win
-        column = tl.arange(0, WIDE)[None, :]
-        mix_at = mix_ptr + (head.to(tl.int64) * DIM)[:, None] + column
-        tl.store(mix_at, mix, mask=ok[:, None] & (column < DIM))
+        _mix(
+            query_ptr, o_ptr, stat_ptr, gate_ptr, mix_ptr, program - pairs * SHARES, pairs * GROUP, slots, HEADS_KV * GROUP,
+            KERNEL, STRIDE, WINDOW, KEYS, PARTS, ALL_PADDED, DIM, WIDE, HEADS,
+        )  # fmt: skip
