@@ -20,16 +20,16 @@ from sieve.kernels.nsa.compress_tiles import seen_of
 def split_of(
     at, slots, PARTS: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WINDOW: tl.constexpr, KEYS: tl.constexpr
 ):  # fmt: skip
-    """How the tiles of the query at `at` are dealt out to PARTS programs: compressed slots seen, their tiles, all tiles,
-    where programs begin that have compressed keys (the first so many), and the first that has keys of the window.
+    """How the tiles of the query at `at` are dealt out to PARTS programs: compressed slots seen, their tiles, tiles in all,
+    and the program that has the first tile of the window.
 
-    A program of both leaves two results: compression's in the slot of its number, the window's always one slot later.
+    Up to that one each program leaves a result of compression in the slot of its number, if only an empty one, and from
+    that one on each leaves the window's one slot later.
     """
     seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
     tiles = tl.cdiv(seen, KEYS)
     total = tiles + (WINDOW + KEYS - 1) // KEYS
-    compressing = tl.cdiv(tiles * PARTS, total)
-    return seen, tiles, total, compressing, tl.minimum(tl.cdiv((tiles + 1) * PARTS, total) - 1, compressing)
+    return seen, tiles, total, tl.cdiv((tiles + 1) * PARTS, total) - 1
 
 
 @triton.jit(do_not_specialize=["slots"])
@@ -51,10 +51,10 @@ def compress_and_window(
     after_earlier(OVERLAP)
     at = tl.load(query_ptr + batch)
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
-    seen, tiles, total_tiles, compressing, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
+    seen, tiles, total_tiles, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
     first_tile = total_tiles * part // PARTS
     last_tile = total_tiles * (part + 1) // PARTS
-    if part < compressing:
+    if part <= windowing:
         k_ptr = k_cmp_ptr + batch * k_cmp_b + kv_head * k_cmp_h
         v_ptr = v_cmp_ptr + batch * v_cmp_b + kv_head * v_cmp_h
         row = tl.arange(0, ROWS)

@@ -83,7 +83,7 @@ def launches(
     shares, kept = triton.cdiv(blocks, share), min(width, share)
     candidates = triton.next_power_of_2(shares * kept)
     mine = min(candidates, 128, COMPARED // width)
-    step, together = heads_weighed(group, share, a_padded), heads_together(parts + 1, 32)
+    step, together = heads_weighed(group, share, a_padded), heads_together(parts + 1, 64)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return q.new_empty(shape, dtype=dtype)

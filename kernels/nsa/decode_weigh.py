@@ -29,7 +29,7 @@ def ahead_of(theirs, their_place, rank, place):
 def _importance(
     score_ptr, stat_ptr, first_head, first_block, seen, slots,
     GROUP: tl.constexpr, A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, B_PADDED: tl.constexpr,
-    SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, compressing,
+    SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, windowing,
 ):  # fmt: skip
     """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before."""
     inside = tl.arange(0, SHARE * A_PADDED) % A_PADDED
@@ -51,8 +51,8 @@ def _importance(
         at = stat_ptr + 2 * ((first_head + head).to(tl.int64)[:, None] * (PARTS + 1) + part)
         top = tl.load(at, mask=ok & (part < PARTS), other=float("-inf"))
         total = tl.load(at + 1, mask=ok & (part < PARTS), other=0.0)
-        top = tl.where(part < compressing, top, float("-inf"))  # past it lies what nobody wrote, or the window's
-        total = tl.where(part < compressing, total, 0.0)
+        top = tl.where(part <= windowing, top, float("-inf"))  # past it lies the window's
+        total = tl.where(part <= windowing, total, 0.0)
         highest = tl.max(top, 1)
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
@@ -91,7 +91,7 @@ def _mix(
     """Compression and window attention, weighed by their gates, of HEADS of the B * H heads, EACH a sequence."""
     head, ok = heads_of(program, heads, HEADS)
     at = tl.load(query_ptr + head // EACH)
-    _, _, _, compressing, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
+    _, _, _, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
     part = tl.arange(0, PADDED)[None, :]
     column = tl.arange(0, WIDE)[None, :]
     written = head.to(tl.int64)[:, None] * (PARTS + 1) + part
@@ -99,11 +99,9 @@ def _mix(
     total = tl.load(stat_ptr + 2 * written + 1, mask=part <= PARTS, other=0.0)
     o_at = o_ptr + (written * DIM)[:, :, None] + column[:, None]
     o = tl.load(o_at, mask=(part <= PARTS)[:, :, None] & (column < DIM)[:, None], other=0.0)
-    compressed = part < compressing[:, None]
-    windowed = (part > windowing[:, None]) & (part <= PARTS)
+    compressed = part <= windowing[:, None]
     share = tl.load(gate_ptr + head * 3).to(tl.float32)[:, None] * _shares(top, total, compressed)
-    share += tl.load(gate_ptr + head * 3 + 2).to(tl.float32)[:, None] * _shares(top, total, windowed)
-    o = tl.where((compressed | windowed)[:, :, None], o, 0.0)  # one slot may hold what nobody wrote
+    share += tl.load(gate_ptr + head * 3 + 2).to(tl.float32)[:, None] * _shares(top, total, part > windowing[:, None])
     mix_at = mix_ptr + (head.to(tl.int64) * DIM)[:, None] + column
     tl.store(mix_at, tl.sum(o * share[:, :, None], 1), mask=ok[:, None] & (column < DIM))
 
@@ -133,10 +131,10 @@ def weigh_and_merge(
         first = program % SHARES * SHARE
         if (current >= TOPK) & (first <= current):
             block = first + tl.arange(0, SHARE)
-            seen, _, _, compressing, _ = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
+            seen, _, _, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
             importance = _importance(
                 score_ptr, stat_ptr, pair * GROUP, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
-                KERNEL // STRIDE, B_PADDED, SHARE, STEP, PARTS, PADDED, compressing,
+                KERNEL // STRIDE, B_PADDED, SHARE, STEP, PARTS, PADDED, windowing,
             )  # fmt: skip
             forced = (block < INIT) | (block > current - LOCAL)
             rank = tl.where(forced, FORCED, importance.to(tl.int32, bitcast=True))

@@ -19,7 +19,7 @@ from sieve.scripts.bench.decode_timing import caches_for, in_graph
 from sieve.scripts.bench.timing import reason, time_calls
 
 TILES = [(keys, warps, stages) for keys in (32, 64, 128) for warps in (4, 8) for stages in (2, 3, 4)]
-PROGRAMS = (1, 2, 3, 4)  # a multiprocessor
+PROGRAMS = (1, 2, 3, 4, 6)  # a multiprocessor
 SHARES = (32, 64, 128, 256)
 COMPILERS = 12
 
@@ -34,7 +34,7 @@ def says(tile: Tile, programs: int, device: torch.device) -> str:
 def _cut(name: str, which: str, count: str, base: DecodeTiles, device: torch.device) -> Iterator[tuple[str, DecodeTiles]]:
     """Options of the launch whose tile is field `which` and whose number of programs is `count`: name, tiles."""
     own = getattr(base, which)
-    tried = [(own, n) for n in PROGRAMS] + [(Tile(own.rows, *numbers), n) for numbers in TILES for n in (2, 3)]
+    tried = [(own, n) for n in PROGRAMS] + [(Tile(own.rows, *numbers), n) for numbers in TILES for n in (2, 3, 4)]
     for tile, n in dict.fromkeys(tried):
         programs = n * multiprocessors(device)
         yield f"{name}: {says(tile, programs, device)}", replace(base, **{which: tile, count: programs})
@@ -48,11 +48,11 @@ def _timed(
         for future in [pool.submit(ours, cases[0], tiles) for tiles in options.values()]:
             future.exception()
     torch.cuda.synchronize()
-    graphs = {}
+    graphs, alive = {}, []  # a graph of one launch writes to memory that its step's closures own
     for name, tiles in options.items():
         try:
-            made = [ours(case, tiles) for case in cases]
-            graphs[name] = in_graph([whole if launch == "nsa" else parts[launch] for whole, parts in made])
+            alive.append([ours(case, tiles) for case in cases])
+            graphs[name] = in_graph([whole if launch == "nsa" else parts[launch] for whole, parts in alive[-1]])
         except Exception as error:  # a tile that does not compile or fit
             found.append({"options": name, "launch": launch, "error": reason(error)})
     times = {name: t.median / len(cases) * 1e3 for name, t in time_calls(graphs, rounds, slice_ms=15.0).items()}
