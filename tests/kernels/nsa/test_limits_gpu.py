@@ -1,4 +1,4 @@
-"""Where sizes end: memory at 64k tokens and 64 heads, and offsets beyond 32 bits. Each test takes up to 35 GB of GPU
+"""Where sizes end: memory at 64k tokens and 64 heads, and offsets beyond 32 bits. Each test takes up to 50 GB of GPU
 memory, so run this file by itself: pytest -m gpu tests/kernels/nsa/test_limits_gpu.py"""
 
 from dataclasses import replace
@@ -86,17 +86,17 @@ def late_rows(inputs, indices, at, geometry, dtype):
     return torch.stack(outs), leaves
 
 
-def test_offsets_pass_int32(dense, op):
-    """64 heads of 192 over 256k tokens, 3.2e9 elements: late queries against the reference on those alone."""
+@pytest.mark.parametrize(("tokens", "heads", "groups", "d_qk"), [(262_144, 64, 4, 192), (1 << 20, 16, 1, 128)])
+def test_offsets_pass_int32(dense, op, tokens, heads, groups, d_qk):
+    """64 heads of 192 over 256k tokens, 3.2e9 elements, and 16 over a million: late queries against the reference on those alone."""
     from sieve.kernels.nsa.triton_ops import nsa_attention
 
-    tokens = 262_144
-    packing = dense.pack([tokens], "cuda")
-    inputs = op.draw(tokens, 64, 4, 192, 128, PAPER, "cuda", torch.bfloat16)
-    assert inputs[0].numel() > 2**31
-    out, indices = nsa_attention(*inputs, packing, PAPER, scale=192**-0.5, save_outputs=False)
+    packing, scale = dense.pack([tokens], "cuda"), d_qk**-0.5
+    inputs = op.draw(tokens, heads, groups, d_qk, 128, PAPER, "cuda", torch.bfloat16)
+    assert inputs[0].numel() >= 2**31
+    out, indices = nsa_attention(*inputs, packing, PAPER, scale=scale, save_outputs=False)
     at = torch.tensor([tokens - 1, tokens - 2, tokens - 64, tokens - 65, tokens - 1000, 200_003], device="cuda")
-    do = torch.randn(tokens, 64, 128, device="cuda", dtype=torch.bfloat16)
+    do = torch.randn(tokens, heads, 128, device="cuda", dtype=torch.bfloat16)
     grads = torch.autograd.grad(out, inputs, do)
     rows = []
     for dtype in (torch.float64, torch.bfloat16):
@@ -109,9 +109,9 @@ def test_offsets_pass_int32(dense, op):
         q, k = inputs[0][at], inputs[1]
         slot = torch.arange(k.shape[0], device="cuda")
         seen = slot * PAPER.kernel_stride + PAPER.kernel_size - 1 <= at[:, None]
-        s = torch.einsum("tkgd,nkd->tkgn", q.double().unflatten(1, (4, -1)), k.double()) * 192**-0.5
+        s = torch.einsum("tkgd,nkd->tkgn", q.double().unflatten(1, (groups, -1)), k.double()) * scale
         lse = s.masked_fill(~seen[:, None, None], float("-inf")).logsumexp(-1).flatten(1)
-    dense.check_selection(indices[at], q, k, lse, here, PAPER, 192**-0.5, 1e-4)
+    dense.check_selection(indices[at], q, k, lse, here, PAPER, scale, 1e-4)
     for name, g in zip(op.names, grads):
         assert g.isfinite().all(), name
 
