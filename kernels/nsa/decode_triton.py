@@ -25,7 +25,7 @@ from sieve.kernels.common.launch import overlap_options, unit_stride
 from sieve.kernels.common.split_keys import heads_together, parts_of
 from sieve.kernels.nsa.decode_compress import compress_and_window
 from sieve.kernels.nsa.decode_select import finish, select
-from sieve.kernels.nsa.decode_tiles import WEIGH_REGISTERS, DecodeTiles, heads_weighed, share_of, weigh_warps
+from sieve.kernels.nsa.decode_tiles import WEIGH_REGISTERS, DecodeTiles, heads_weighed, overlaps, share_of, weigh_warps
 from sieve.kernels.nsa.decode_weigh import weigh_and_merge
 from sieve.kernels.nsa.geometry import Geometry
 
@@ -94,7 +94,8 @@ def launches(
     rank, block = (scratch(pairs, shares, kept, dtype=torch.int32) for _ in range(2))
     index, out = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32), q.new_empty(B, 1, H, Dv)
     factor = scale / math.log(2)
-    every = {"OVERLAP": tiles.overlap, **overlap_options(tiles.overlap)}
+    overlap = overlaps(pairs * parts, q.device) if tiles.overlap is None else tiles.overlap
+    every = {"OVERLAP": overlap, **overlap_options(overlap)}
     shape = {"HEADS_KV": Hkv, "GROUP": group, "BLOCK": geometry.block_size, "TOPK": geometry.topk}
     dims = {"D0": d0, "D1": d1, "E0": e0, "E1": e1}
     wide = {"DIM": Dv, "WIDE": triton.next_power_of_2(Dv)}
