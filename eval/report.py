@@ -63,9 +63,8 @@ def print_result(result: Result, terminal: Console) -> None:
         terminal.print(f"Note: {result.note}", markup=False, style="yellow")
 
 
-def write_results(results: Sequence[Result], folder: Path, title: str, about: dict[str, Any]) -> list[Path]:
-    """results.json, a PNG for each task that has one, and report.html; the files in that order. about: what was run, on
-    what; JSON-able."""
+def write_numbers(results: Sequence[Result], folder: Path, about: dict[str, Any]) -> Path:
+    """results.json, put in its place by a rename. about: what was run, on what; JSON-able."""
     folder.mkdir(parents=True, exist_ok=True)
     data = {
         "about": about,
@@ -74,8 +73,15 @@ def write_results(results: Sequence[Result], folder: Path, title: str, about: di
             r.task: {"tables": r.tables, "chance": r.chance, "seconds": r.seconds, "note": r.note, **r.extra} for r in results
         },
     }
-    files = [folder / "results.json"]
-    files[0].write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    path = folder / "results.json"
+    unfinished = path.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return unfinished.replace(path)
+
+
+def write_results(results: Sequence[Result], folder: Path, title: str, about: dict[str, Any]) -> list[Path]:
+    """`write_numbers`, a PNG for each task that has one, and report.html; the files in that order."""
+    files = [write_numbers(results, folder, about)]
     parts = []
     for result in results:
         parts.append(f"<h2>{escape(result.task)}</h2>")

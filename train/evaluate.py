@@ -14,6 +14,7 @@ from sieve.train.command import key_lines, log_to_stderr, run_command
 
 if TYPE_CHECKING:
     from sieve.eval.config import SuiteConfig
+    from sieve.eval.runner import Result
 
 USAGE = """\
 usage: sieve eval CHECKPOINT [KEY=VALUE ...] [--cfg job] [--help]
@@ -82,7 +83,7 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
 
     from sieve.eval.documents import Documents, read_documents, stored_documents
     from sieve.eval.load import place_and_precision
-    from sieve.eval.report import print_result, write_results
+    from sieve.eval.report import print_result, write_numbers, write_results
     from sieve.eval.runner import run_suite
     from sieve.train.load import open_model
 
@@ -97,8 +98,15 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     elif opened.corpus is not None:
         documents = {name: partial(stored_documents, store) for name, store in opened.corpus.validation.items()}
     folder = Path(config.out) if config.out else _folder(opened, checkpoint)
-    results = run_suite(model, config, documents, _bar, lambda result: print_result(result, terminal))
-    for path in write_results(results, folder, model.name, _about(checkpoint, config, device, dtype)):
+    about = _about(checkpoint, config, device, dtype)
+    done: list[Result] = []
+
+    def report(result: Result) -> None:
+        print_result(result, terminal)
+        done.append(result)
+        write_numbers(done, folder, about)  # a suite that is cut short keeps the tasks it has measured
+
+    for path in write_results(run_suite(model, config, documents, _bar, report), folder, model.name, about):
         terminal.print(str(path), markup=False, soft_wrap=True)
     return 0
 

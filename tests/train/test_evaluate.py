@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 
+from sieve.eval import runner
 from sieve.train import evaluate
 from sieve.train.load import open_model
 from sieve.train.mistakes import ConfigError
@@ -12,7 +13,7 @@ from sieve.train.overrides import load_config
 from sieve.train.run import run
 
 
-def test_a_run_measures_tasks_and_is_evaluated(one_rank, tiny_text, tmp_path, capsys):
+def test_a_run_measures_tasks_and_is_evaluated(one_rank, tiny_text, tmp_path, capsys, monkeypatch):
     config = load_config([
         *tiny_text, f"runs_dir={tmp_path}", "name=r", "steps=2", "attention=nsa", "eval.every=2", "eval.tasks=[mqar,copy]",
         "eval.recall.pairs=[4]", "eval.recall.lengths=[8]", "eval.recall.samples=2",
@@ -30,6 +31,17 @@ def test_a_run_measures_tasks_and_is_evaluated(one_rank, tiny_text, tmp_path, ca
     # The same weights and the same examples as at the run's last evaluation.
     assert data["metrics"]["eval/mqar"] == last["eval/mqar"] and data["metrics"]["eval/copy"] == last["eval/copy"]
     assert data["about"]["checkpoint"] == "r" and data["about"]["commit"]
+
+    def cut(task, *rest, **options):
+        if task == "copy":
+            raise KeyboardInterrupt
+        return synthetic(task, *rest, **options)
+
+    synthetic = runner.synthetic
+    monkeypatch.setattr(runner, "synthetic", cut)
+    assert evaluate.main([*arguments, f"out={tmp_path / 'cut'}"]) == 130
+    there = json.loads((tmp_path / "cut" / "results.json").read_text())
+    assert list(there["tasks"]) == ["loss", "mqar"] and there["metrics"]["eval/mqar"] == data["metrics"]["eval/mqar"]
 
 
 def test_a_mixture_is_evaluated_by_source_in_the_phase_it_ended_in(mixture, one_rank, tmp_path, capsys):
