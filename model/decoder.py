@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -212,6 +212,22 @@ class Decoder(nn.Module):
                 report["health"] = layer_health(gates, indices, packing, layer.attention.geometry, x.device)
             reports.append(report)
         return self.norm(x), reports
+
+    @contextmanager
+    def settling(self, whole: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Forwards within it set the routers' biases before they route, layer by layer: bias_update="quantile" with the
+        scores of the forward's own tokens, `whole` making of a sample [n, E] of them that of the global batch.
+
+        For tokens that have been trained on: their new scores tell what the update has done to those of the next ones.
+        """
+        routers = [layer.mlp.router for layer in self.layers if layer.routed]
+        for router in routers:
+            router.settle = whole
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.settle = None
 
     def update_router_bias(self, load: dict[int, Tensor], sample: dict[int, Tensor] | None = None) -> None:
         """One balancing step after an optimizer step: load[layer] fp32 [E] of the global batch, or with

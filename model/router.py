@@ -45,6 +45,7 @@ class Router(nn.Module):
     def __init__(self, hidden: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
+        self.settle: Callable[[Tensor], Tensor] | None = None  # see Decoder.settling
         self.weight = nn.Parameter(torch.full((config.num_experts, hidden), math.nan))  # see sieve.model.init
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
@@ -61,6 +62,8 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x.float(), self.weight.float())  # [T, E]
         scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
+        if self.settle is not None:
+            update_biases([self], [self.settle(sample(scores, config.bias_tokens, real))])
         wanted = scores.detach() + self.bias if config.balance in ("bias", "both") else scores.detach()
         if config.top_groups < config.num_groups:
             wanted = self._within_groups(wanted)

@@ -80,7 +80,8 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: G
     engine.enter(step.phase, len(step.micro_batches))
     for batch in step.micro_batches:
         with named("forward"):
-            out = engine.forward(batch.to(place.device), collect=logged)
+            batch = batch.to(place.device)
+            out = engine.forward(batch, collect=logged)
         with named("backward"):
             engine.backward(out.loss_sum / step.labelled)
         cross_entropy += out.ce_sum
@@ -97,9 +98,13 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: G
     for tokens in load.values():
         sum_over_ranks(tokens)
     # Equal loads move no bias, nor do scores of no token: nothing is balanced in a step that is skipped.
-    engine.module.update_router_bias(
-        {layer: tokens * ~engine.skipped for layer, tokens in load.items()}, _of_all_ranks(scores, engine.skipped),
-    )
+    if scores and run.step < run.config.model.moe.bias_settle:
+        share = _tokens_to_balance_by(run.config.model.moe, place.world_size)
+        engine.settle(batch, lambda some: _of_all_ranks({0: [sample(some, share)]}, engine.skipped)[0])
+    else:
+        engine.module.update_router_bias(
+            {layer: tokens * ~engine.skipped for layer, tokens in load.items()}, _of_all_ranks(scores, engine.skipped),
+        )
     before = run.data
     run.step += 1
     run.tokens = run.tokens_before + step.state["tokens"]
