@@ -93,8 +93,8 @@ class MoEConfig(Config):
     def _settles_by_quantile(self) -> MoEConfig:
         if self.bias_settle and not (self.bias_update == "quantile" and self.balance in ("bias", "both")):
             raise ValueError(
-                f"bias_settle={self.bias_settle} has no meaning with balance={self.balance} and bias_update={self.bias_update}; "
-                "choose bias_update=quantile with balance=bias or both, or bias_settle=0"
+                f"bias_settle={self.bias_settle} has no meaning with balance={self.balance} and "
+                f"bias_update={self.bias_update}; choose bias_update=quantile with balance=bias or both, or bias_settle=0"
             )
         return self
 

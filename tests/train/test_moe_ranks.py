@@ -31,6 +31,7 @@ RUNS = {
     "zero0": ["zero=0"], "zero1": ["zero=1"], "zero2": ["zero=2"], "zero3": ["zero=3"],
     "zero3-block": ["zero=3", "activation_checkpointing=block"], "zero1-options": ["zero=1", *OPTIONS],
     "zero2-bf16": ["zero=2", "dtype=bf16"],
+    "zero2-quantile": ["zero=2", "model.moe.bias_update=quantile", "model.moe.bias_update_rate=0.7"],
 }
 
 
