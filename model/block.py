@@ -17,8 +17,8 @@ from sieve.model.nsa import NSA
 class Block(nn.Module):
     """Layer `index` of a model: x [T, hidden] -> [T, hidden] and a dict of tensors.
 
-    The dict: "gates" and "indices" (NSA layers; see NSA), "load" (fp32 [E]; MoE layers) and "aux_loss" (fp32 scalar; MoE
-    layers with balance="aux" or "both", or a router z-loss).
+    The dict: "gates" and "indices" (NSA layers; see NSA), "load" (fp32 [E]; MoE layers), "aux_loss" (fp32 scalar; MoE
+    layers with balance="aux" or "both", or a router z-loss) and "sample" (fp32 [n, E]; see Routes).
     """
 
     def __init__(self, model: ModelConfig, attention: AttentionConfig, index: int) -> None:

@@ -52,8 +52,18 @@ class MoEConfig(Config):
     normalize_top_k: bool = True
     routed_scale: float = Field(1.0, gt=0)
     balance: Literal["bias", "aux", "both", "none"] = "bias"
-    bias_update_rate: float = Field(1e-3, ge=0)
-    bias_update: Literal["sign", "proportional"] = Field("sign", description="to which side, or by how much of the mean load")
+    bias_update: Literal["sign", "proportional", "quantile"] = Field("sign", description=(
+        "the bias's step: to which side, by how much of the mean load, or to where the step's scores would be spread evenly"
+    ))
+    bias_update_rate: float = Field(
+        default_factory=lambda data: 1.0 if data.get("bias_update") == "quantile" else 1e-3, ge=0,
+        description="size of a step; quantile: weight of the last step's estimate, at most 1",
+    )
+    bias_tokens: int = Field(8192, gt=0, description="quantile: tokens of a step, evenly spaced, that the bias is taken from")
+    bias_settle: int = Field(0, ge=0, description=(
+        "quantile: so many first steps end with the last micro-batch going forward once more, to find the bias from scores of "
+        "the weights that the next step has"
+    ))
     aux_coef: float = Field(1e-2, ge=0)
     z_loss_coef: float = Field(0.0, ge=0, description="router z-loss: mean square of the logits' log-sum-exp")
     num_groups: int = Field(1, gt=0, description="equal groups of neighbouring experts; 1: no limit")
@@ -68,6 +78,24 @@ class MoEConfig(Config):
             )
         if self.expert_size % 8:
             raise ValueError(_not_eight("expert_size", self.expert_size))
+        return self
+
+    @model_validator(mode="after")
+    def _rate_is_a_weight(self) -> MoEConfig:
+        if self.bias_update == "quantile" and not 0 < self.bias_update_rate <= 1:
+            raise ValueError(
+                f"bias_update_rate={self.bias_update_rate} with bias_update=quantile is the weight of the last estimate in an "
+                "average; choose more than 0 and at most 1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _settles_by_quantile(self) -> MoEConfig:
+        if self.bias_settle and not (self.bias_update == "quantile" and self.balance in ("bias", "both")):
+            raise ValueError(
+                f"bias_settle={self.bias_settle} has no meaning with balance={self.balance} and "
+                f"bias_update={self.bias_update}; choose bias_update=quantile with balance=bias or both, or bias_settle=0"
+            )
         return self
 
     @model_validator(mode="after")

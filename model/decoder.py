@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple, get_args
 
 import torch
@@ -22,6 +22,7 @@ from sieve.model.norm import RMSNorm
 from sieve.model.nsa import NSA
 from sieve.model.offload import Offload
 from sieve.model.rope import attention_scale
+from sieve.model.router import update_biases
 from sieve.model.stack import Checkpointing, Run, compiled, pin_sizes, run_layer
 
 
@@ -31,6 +32,7 @@ class DecoderOutput(NamedTuple):
     ce_sum: fp32 scalar, the cross entropy's part of it, detached.
     token_loss: fp32 [B, S], cross entropy of each token in nats, 0 where unlabelled; None unless asked for.
     expert_load: by layer, fp32 [E], how many of the tokens each expert got.
+    router_sample: by layer, fp32 [n, E], scores of some tokens, where the bias follows from them; else empty.
     health: with collect, fp32 scalars `nsa/layer_NN/<name of sieve.model.health>`; else empty.
     """
 
@@ -38,6 +40,7 @@ class DecoderOutput(NamedTuple):
     ce_sum: Tensor
     token_loss: Tensor | None
     expert_load: dict[int, Tensor]
+    router_sample: dict[int, Tensor]
     health: dict[str, Tensor]
 
 
@@ -126,6 +129,7 @@ class Decoder(nn.Module):
             ce_sum=ce.detach(),
             token_loss=None if token is None else token.view_as(tokens),
             expert_load={i: report["load"] for i, report in enumerate(reports) if "load" in report},
+            router_sample={i: report["sample"] for i, report in enumerate(reports) if "sample" in report},
             health={
                 f"nsa/layer_{i:02d}/{name}": value
                 for i, report in enumerate(reports) for name, value in report.get("health", {}).items()
@@ -209,12 +213,32 @@ class Decoder(nn.Module):
             reports.append(report)
         return self.norm(x), reports
 
-    def update_router_bias(self, load: dict[int, Tensor]) -> None:
-        """One balancing step (arXiv 2408.15664) after an optimizer step: load[layer] fp32 [E] of the global batch.
+    @contextmanager
+    def settling(self, whole: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """Forwards within it set the routers' biases before they route, layer by layer: bias_update="quantile" with the
+        scores of the forward's own tokens, `whole` making of a sample [n, E] of them that of the global batch.
+
+        For tokens that have been trained on: their new scores tell what the update has done to those of the next ones.
+        """
+        routers = [layer.mlp.router for layer in self.layers if layer.routed]
+        for router in routers:
+            router.settle = whole
+        try:
+            yield
+        finally:
+            for router in routers:
+                router.settle = None
+
+    def update_router_bias(self, load: dict[int, Tensor], sample: dict[int, Tensor] | None = None) -> None:
+        """One balancing step after an optimizer step: load[layer] fp32 [E] of the global batch, or with
+        bias_update="quantile" sample[layer] fp32 [n, E] of it, as many rows in each layer (sieve.model.balance).
 
         Does nothing for models that do not balance by bias.
         """
         if self.config.moe is None or self.config.moe.balance not in ("bias", "both"):
+            return
+        if self.config.moe.bias_update == "quantile":
+            update_biases([self.layers[index].mlp.router for index in sample], list(sample.values()))
             return
         for index, tokens in load.items():
             self.layers[index].mlp.router.update_bias(tokens)

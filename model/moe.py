@@ -40,7 +40,7 @@ class MoE(nn.Module):
     """Shared experts, which every token visits (one SwiGLU as wide as all of them), plus its routed ones.
 
     x [T, hidden] -> [T, hidden] and {"load": fp32 [E]}, with {"aux_loss": fp32 scalar} when balance="aux" or
-    "both", or with a z-loss. real: as Router takes it.
+    "both", or with a z-loss, and {"sample": fp32 [n, E]} where Routes has one. real: as Router takes it.
     """
 
     def __init__(self, hidden: int, config: MoEConfig) -> None:
@@ -57,4 +57,6 @@ class MoE(nn.Module):
         aux = {"load": routes.load}
         if routes.aux_loss is not None:
             aux["aux_loss"] = routes.aux_loss
+        if routes.sample is not None:
+            aux["sample"] = routes.sample
         return out, aux

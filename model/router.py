@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sieve.model.balance import balanced_bias, sample
 from sieve.model.config import MoEConfig
 
 
 class Routes(NamedTuple):
     """experts: int64 [T, k], the score's order, best first. weights: fp32 [T, k], what their outputs are multiplied by.
     load: fp32 [E], how many tokens each expert got (detached). aux_loss: fp32 scalar (coefficients applied), load balance
-    and z-loss, or None where neither is asked for.
+    and z-loss, or None where neither is asked for. sample: fp32 [n, E], scores of some tokens (sieve.model.balance), while
+    training with bias_update="quantile"; else None.
     """
 
     experts: Tensor
     weights: Tensor
     load: Tensor
     aux_loss: Tensor | None
+    sample: Tensor | None = None
+
+
+def balances_by_scores(config: MoEConfig) -> bool:
+    """Whether the bias follows from a step's scores rather than from its load."""
+    return config.balance in ("bias", "both") and config.bias_update == "quantile"
 
 
 class Router(nn.Module):
@@ -37,6 +45,7 @@ class Router(nn.Module):
     def __init__(self, hidden: int, config: MoEConfig) -> None:
         super().__init__()
         self.config = config
+        self.settle: Callable[[Tensor], Tensor] | None = None  # see Decoder.settling
         self.weight = nn.Parameter(torch.full((config.num_experts, hidden), math.nan))  # see sieve.model.init
         self.register_buffer("bias", torch.zeros(config.num_experts, dtype=torch.float32))
 
@@ -53,6 +62,8 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             logits = nn.functional.linear(x.float(), self.weight.float())  # [T, E]
         scores = logits.sigmoid() if config.score == "sigmoid" else logits.softmax(-1)
+        if self.settle is not None:
+            update_biases([self], [self.settle(sample(scores, config.bias_tokens, real))])
         wanted = scores.detach() + self.bias if config.balance in ("bias", "both") else scores.detach()
         if config.top_groups < config.num_groups:
             wanted = self._within_groups(wanted)
@@ -66,7 +77,8 @@ class Router(nn.Module):
             ones = real.long()[:, None].expand_as(experts).flatten()
         load = torch.zeros(config.num_experts, dtype=torch.int64, device=x.device)
         load = load.scatter_add_(0, experts.flatten(), ones).float()
-        return Routes(experts, weights * config.routed_scale, load, self._penalty(logits, scores, load, real))
+        kept = sample(scores, config.bias_tokens, real) if self.training and balances_by_scores(config) else None
+        return Routes(experts, weights * config.routed_scale, load, self._penalty(logits, scores, load, real), kept)
 
     def _within_groups(self, wanted: Tensor) -> Tensor:
         """wanted [T, E], -inf outside each token's best groups: a group's score is the sum of its two best experts'."""
@@ -111,3 +123,20 @@ class Router(nn.Module):
         else:
             error = torch.sign(error)
         self.bias += self.config.bias_update_rate * error
+
+
+@torch.no_grad()
+def update_biases(routers: Sequence[Router], samples: Sequence[Tensor]) -> None:
+    """bias_update="quantile": each router's bias moves to that of `balanced_bias` by the rate.
+
+    samples: a router's scores, fp32 [n, E], of one step's global batch. All routers at once: small sorts, few launches.
+    """
+    if not routers:
+        return
+    config = routers[0].config
+    wanted = balanced_bias(
+        torch.stack(list(samples)), torch.stack([router.bias for router in routers]), config.top_k,
+        num_groups=config.num_groups, top_groups=config.top_groups,
+    )
+    for router, bias in zip(routers, wanted, strict=True):
+        router.bias.lerp_(bias, config.bias_update_rate)

@@ -104,6 +104,15 @@ def sum_over_ranks(values: Tensor) -> Tensor:
     return values
 
 
+def concat_over_ranks(values: Tensor, dim: int) -> Tensor:
+    """Every rank's `values` (of one shape), one after the other along `dim` in the order of the ranks, on all of them."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        parts = [torch.empty_like(values) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, values)
+        return torch.cat(parts, dim)
+    return values
+
+
 def extremes(values: Tensor) -> tuple[Tensor, Tensor]:
     """The smallest and the largest of every rank's `values`, element by element."""
     low, high = values.clone(), values.clone()

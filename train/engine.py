@@ -107,6 +107,17 @@ class Engine:
         return out.token_loss, packing
 
     @torch.no_grad()
+    def settle(self, batch: Batch, whole: Callable[[Tensor], Tensor]) -> None:
+        """Set the routers' biases by a forward of `batch`, on place.device, with the weights as they are now (see
+        Decoder.settling). Every rank calls it."""
+        packing = Packing.of(batch.cu_seqlens, batch.tokens.numel(), batch.max_seqlen)
+        first = torch.zeros(1, dtype=torch.int64, device=self._place.device)
+        self.module.eval()
+        with self.module.settling(whole):
+            self.module(batch.tokens, None, packing, padding=batch.padding, at=first)
+        self.module.train()
+
+    @torch.no_grad()
     def predict(self, tokens: Tensor, packing: Packing, at: Tensor) -> Tensor:
         """Next-token logits [n, vocab] at the places `at` of tokens [1, T]. Every rank calls it with the same."""
         self.module.eval()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from sieve.data.loader import Step
 from sieve.kernels.common.ranges import named
+from sieve.model.balance import sample
+from sieve.model.config import MoEConfig
 from sieve.train import schedule
 from sieve.train.callbacks.callback import Callback
-from sieve.train.distributed import Place, sum_over_ranks
+from sieve.train.distributed import Place, concat_over_ranks, sum_over_ranks
 from sieve.train.engine import Engine
 from sieve.train.guard import Guard
 from sieve.train.outcome import Ledger, Outcome, to_host
@@ -71,16 +74,21 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: G
     """
     cross_entropy = torch.zeros((), dtype=torch.float64, device=place.device)
     load: dict[int, Tensor] = {}
+    scores: defaultdict[int, list[Tensor]] = defaultdict(list)
     health: defaultdict[str, list[Tensor]] = defaultdict(list)
+    share = _tokens_to_balance_by(run.config.model.moe, len(step.micro_batches) * place.world_size)
     engine.enter(step.phase, len(step.micro_batches))
     for batch in step.micro_batches:
         with named("forward"):
-            out = engine.forward(batch.to(place.device), collect=logged)
+            batch = batch.to(place.device)
+            out = engine.forward(batch, collect=logged)
         with named("backward"):
             engine.backward(out.loss_sum / step.labelled)
         cross_entropy += out.ce_sum
         for layer, tokens in out.expert_load.items():
             load[layer] = load[layer] + tokens if layer in load else tokens
+        for layer, some in out.router_sample.items():
+            scores[layer].append(sample(some, share))
         for name, value in out.health.items():
             health[name].append(value)
     lr = run.config.optim.lr * schedule.ratio(run.config.schedule, run.step + 1, run.total_steps)
@@ -89,8 +97,14 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: G
         norm = engine.update(lr, cross_entropy / step.labelled, guard.limit())
     for tokens in load.values():
         sum_over_ranks(tokens)
-    # Equal loads move no bias: nothing is balanced in a step that is skipped.
-    engine.module.update_router_bias({layer: tokens * ~engine.skipped for layer, tokens in load.items()})
+    # Equal loads move no bias, nor do scores of no token: nothing is balanced in a step that is skipped.
+    if scores and run.step < run.config.model.moe.bias_settle:
+        share = _tokens_to_balance_by(run.config.model.moe, place.world_size)
+        engine.settle(batch, lambda some: _of_all_ranks({0: [sample(some, share)]}, engine.skipped)[0])
+    else:
+        engine.module.update_router_bias(
+            {layer: tokens * ~engine.skipped for layer, tokens in load.items()}, _of_all_ranks(scores, engine.skipped),
+        )
     before = run.data
     run.step += 1
     run.tokens = run.tokens_before + step.state["tokens"]
@@ -102,6 +116,19 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: G
         run.health = {name: _mean_of_known(values) for name, values in health.items()}
         record = {"step": run.step, "tokens": run.tokens}
     return Outcome(run.step, step, before, lr, record, *to_host(torch.stack([cross_entropy, engine.skipped, norm.double()])))
+
+
+def _tokens_to_balance_by(moe: MoEConfig | None, parts: int) -> int:
+    """How many of one micro-batch, of `parts` on all ranks."""
+    return 1 if moe is None else max(moe.bias_tokens // parts, 1)
+
+
+def _of_all_ranks(scores: dict[int, list[Tensor]], skipped: Tensor) -> dict[int, Tensor]:
+    """By layer [n, E], the micro-batches' [., E] of all ranks end to end; where `skipped`, of no token."""
+    if not scores:
+        return {}
+    own = torch.stack([torch.cat(parts) for parts in scores.values()]).masked_fill(skipped, math.nan)
+    return dict(zip(scores, concat_over_ranks(own, dim=1)))
 
 
 def _mean_of_known(values: list[Tensor]) -> Tensor:

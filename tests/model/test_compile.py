@@ -105,6 +105,28 @@ def test_no_break_and_no_recompilation(layers, mixture, kinds, checkpointing, mo
     assert counted.frame_count == 2 * kinds and not counters["graph_break"]
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_scores_to_balance_by_leave_one_graph(checkpointing, model, moe, attention, build, pack, counted):
+    from torch._dynamo.utils import counters
+
+    mixture = moe(bias_update="quantile", bias_tokens=16)
+    decoder = build(model(head_dim_qk=16, head_dim_v=16, moe=mixture), attention(layers=("full",))).bfloat16()
+    decoder.set_activation_checkpointing(checkpointing)
+    wanted, _ = gradients(decoder, LENGTHS[0], 0, pack)
+    decoder.compile_layers(backend=counted)
+    for i, lengths in enumerate(LENGTHS):
+        padding = (torch.arange(32) >= 28)[None]
+        out, _ = gradients(decoder, lengths, i, pack, padding=padding)
+        assert out.router_sample[1].shape == (16, 4) and out.router_sample[1][14:].isnan().all()
+        if i == 0:
+            torch.testing.assert_close(out.router_sample[1][:14], wanted.router_sample[1][:14], rtol=0.02, atol=0.01)
+        decoder.update_router_bias(out.expert_load, out.router_sample)
+        with torch.no_grad(), decoder.eval().settling(lambda sample: sample):
+            decoder(batch(lengths, i)[0], None, pack(lengths), at=torch.zeros(1, dtype=torch.int64))
+        decoder.train()
+        assert counted.frame_count == 2 and not counters["graph_break"]
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize(("mode", "times", "keeps"), [
     ("none", 1, True), ("attention", 1, True), ("block", 2, True), ("full", 2, False),

@@ -136,6 +136,49 @@ def test_updating_the_router_bias(model, attention, build, pack):
     assert wanted.any()
 
 
+@pytest.mark.parametrize("mode", ["none", "attention", "block", "full"])
+def test_the_bias_by_scores(mode, model, moe, attention, build, pack):
+    """A step's scores, taken once whatever the backward computes again, move the bias; no token moves none."""
+    decoder = build(model(moe=moe(bias_update="quantile")), attention("full"))
+    decoder.set_activation_checkpointing(mode)
+    tokens, labels = rows()
+    out = decoder(tokens, labels, pack(LENGTHS))
+    kept = out.router_sample[1].clone()
+    out.loss_sum.backward()
+    assert list(out.router_sample) == [1] and kept.shape == (256, 4) and torch.equal(out.router_sample[1], kept)
+    decoder.update_router_bias(out.expert_load, {1: torch.full_like(kept, torch.nan)})
+    bias = decoder.layers[1].mlp.router.bias
+    assert not bias.any()
+    for _ in range(3):
+        decoder.update_router_bias(out.expert_load, out.router_sample)
+    assert bias.any() and abs(bias.sum().item()) < 1e-6
+    after = decoder(tokens, labels, pack(LENGTHS)).expert_load[1]
+    assert after.max() < 1.05 * after.mean() < out.expert_load[1].max()
+
+
+def test_settling_balances_the_forward_itself(model, moe, attention, build, pack):
+    decoder = build(model(num_layers=3, moe=moe(bias_update="quantile", num_experts=8)), attention("full")).eval()
+    packing, (tokens, labels) = pack(LENGTHS), rows()
+    seen = []
+
+    def whole(sample):
+        seen.append(sample)
+        return sample
+
+    with torch.no_grad(), decoder.settling(whole):
+        load = decoder(tokens, labels, packing).expert_load
+    assert len(seen) == 2
+    biases = [layer.mlp.router.bias.clone() for layer in decoder.layers[1:]]
+    with torch.no_grad():
+        again = decoder(tokens, labels, packing).expert_load
+    for index, bias in zip((1, 2), biases):
+        assert load[index].max() < 1.3 * load[index].mean() and torch.equal(again[index], load[index])
+        assert torch.equal(decoder.layers[index].mlp.router.bias, bias) and bias.any()
+    with pytest.raises(ZeroDivisionError), decoder.settling(lambda sample: 1 / 0):
+        decoder(tokens, labels, packing)
+    assert all(layer.mlp.router.settle is None for layer in decoder.layers[1:])
+
+
 def test_tied_weights_stay_tied(model, attention, build):
     with torch.device("meta"):
         from sieve.model.decoder import Decoder

@@ -182,7 +182,29 @@ def test_z_loss_adds_to_the_balance_loss(moe):
     ({"num_groups": 4}, "top_k=2 is more than the 1 experts that top_groups=1 of num_groups=4 groups hold; raise top_groups"),
     ({"impl": "fast"}, "impl\n.*'auto', 'torch', 'mixed' or 'triton'"),
     ({"z_loss_coef": -1.0}, "z_loss_coef"),
+    ({"bias_update": "quantile", "bias_update_rate": 1.5}, "bias_update_rate=1.5 with bias_update=quantile .* at most 1"),
+    ({"bias_update": "quantile", "bias_update_rate": 0.0}, "bias_update_rate=0.0 with bias_update=quantile .* more than 0"),
+    ({"bias_settle": 5}, "bias_settle=5 has no meaning with balance=bias and bias_update=sign; choose bias_update=quantile"),
+    ({"bias_settle": 5, "bias_update": "quantile", "balance": "aux"}, "balance=aux and bias_update=quantile"),
+    ({"bias_tokens": 0}, "bias_tokens"),
 ], ids=str)  # fmt: skip
 def test_mistakes_name_the_key_and_the_way_out(moe, changes, message):
     with pytest.raises(ValueError, match=message):
         moe(**changes)
+
+
+def test_the_rate_follows_the_rule_unless_it_is_given(moe):
+    assert moe().bias_update_rate == moe(bias_update="proportional").bias_update_rate == 1e-3
+    assert moe(bias_update="quantile").bias_update_rate == 1.0
+    assert moe(bias_update="quantile", bias_update_rate=0.25).bias_update_rate == 0.25
+
+
+def test_a_sample_is_kept_by_one_rule_while_training(moe):
+    x, real = torch.randn(30, 8), torch.arange(30) < 20
+    router = router_of(moe(bias_update="quantile", bias_tokens=15))
+    kept = router(x, real).sample
+    scores = torch.sigmoid(x @ router.weight.T)[::2]
+    assert torch.equal(kept[:10], scores[:10]) and kept[10:].isnan().all() and not kept.requires_grad
+    assert router.eval()(x).sample is None
+    for changes in ({}, {"bias_update": "proportional"}, {"bias_update": "quantile", "balance": "aux"}):
+        assert router_of(moe(**changes))(x).sample is None

@@ -68,6 +68,53 @@ def test_the_loss_does_not_depend_on_micro_batches(rows, tiny_text, tmp_path):
                 assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
 
 
+SCORES = ["attention=full", "data.packing=best_fit", "model.moe.bias_update=quantile", "model.moe.bias_update_rate=1"]
+
+
+def test_the_bias_by_scores_does_not_depend_on_micro_batches(tiny_text, tmp_path, one_rank):
+    ours, theirs = (
+        train(tiny_text, tmp_path, f"cut-{size}", *SCORES, f"micro_batch={size}") for size in (1, 4)
+    )
+    for row, other in zip(ours, theirs, strict=True):
+        assert row["moe/layer_01/bias_norm"] > 0
+        for key in ("train/loss", "moe/layer_01/bias_norm", "moe/layer_01/load_max"):
+            assert row[key] == pytest.approx(other[key], rel=1e-3), key
+
+
+def test_settling_holds_the_load_while_weights_move_fast(tiny_text, tmp_path, one_rank):
+    """For as many steps as it is asked for; then it is the same rule as without."""
+    late, settled, part = (
+        train(
+            tiny_text, tmp_path, f"settle-{steps}", *SCORES, "micro_batch=4", f"model.moe.bias_settle={steps}",
+            "model.moe.num_experts=16", "model.moe.top_k=2", "optim.lr=0.03", "schedule.warmup=0",
+        )
+        for steps in (0, STEPS, 2)
+    )
+    load = [[row["moe/layer_01/load_max"] for row in rows] for rows in (late, settled, part)]
+    assert load[0][0] == load[1][0] and load[2][:3] == load[1][:3] and load[2][4] != load[1][4]
+    assert sum(load[1][1:]) < 0.8 * sum(load[0][1:])
+
+
+@pytest.mark.parametrize("settle", [0, 9])
+def test_a_skipped_step_leaves_a_bias_by_scores_alone(settle, tiny_text, tmp_path, one_rank, monkeypatch):
+    from sieve.train.engine import Engine
+
+    original, calls = Engine.forward, []
+
+    def forward(self, batch, **options):
+        out = original(self, batch, **options)
+        calls.append(batch)
+        return out._replace(ce_sum=out.ce_sum * (torch.nan if len(calls) == 3 else 1))
+
+    monkeypatch.setattr(Engine, "forward", forward)
+    rows = train(
+        tiny_text, tmp_path, "skips", "attention=full", "model.moe.bias_update=quantile", f"model.moe.bias_settle={settle}",
+        "model.moe.bias_update_rate=1", "micro_batch=4", "eval=none",
+    )
+    norms = [row["moe/layer_01/bias_norm"] for row in rows]
+    assert norms[2] == norms[1] > 0 and len(set(norms)) == STEPS - 1
+
+
 def test_up_to_dense_len_an_nsa_run_is_its_full_attention_twin(tiny_text, tmp_path, one_rank):
     dense = train(tiny_text, tmp_path, "dense", "attention=nsa", "attention.dense_len=64")
     full = train(tiny_text, tmp_path, "full", "attention=full")

@@ -31,6 +31,7 @@ RUNS = {
     "zero0": ["zero=0"], "zero1": ["zero=1"], "zero2": ["zero=2"], "zero3": ["zero=3"],
     "zero3-block": ["zero=3", "activation_checkpointing=block"], "zero1-options": ["zero=1", *OPTIONS],
     "zero2-bf16": ["zero=2", "dtype=bf16"],
+    "zero2-quantile": ["zero=2", "model.moe.bias_update=quantile", "model.moe.bias_update_rate=0.7"],
 }
 
 
@@ -91,6 +92,17 @@ def test_two_ranks_train_untouched_experts_as_one(tiny_text, tmp_path, one_rank)
         compare(tmp_path / f"two-{name}", tmp_path / f"one-{name}", "dtype=bf16" in own)
         if "dtype=bf16" not in own:
             check_moved(tmp_path / f"two-{name}", overrides)
+
+
+@pytest.mark.slow
+def test_two_ranks_settle_their_biases_alike(tiny_text, tmp_path, one_rank):
+    """Each rank's last row of four finds the bias; as stages do the same, so do they find the same."""
+    own = ["model.moe.bias_update=quantile", "model.moe.bias_update_rate=1", "model.moe.bias_settle=3"]
+    run_two(tiny_text, tmp_path, {name: [*own, *RUNS[name]] for name in ("zero0", "zero3", "zero3-block")})
+    wanted = rows_of(tmp_path / "two-zero0")
+    assert all(row["moe/layer_01/bias_norm"] > 0 for row in wanted)
+    for name in ("zero3", "zero3-block"):
+        compare(tmp_path / f"two-{name}", tmp_path / "two-zero0", bf16=False)
 
 
 def test_one_rank_and_micro_batches_count_the_same_load(tiny_text, tmp_path, one_rank):
