@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -55,10 +55,9 @@ class MoEConfig(Config):
     bias_update: Literal["sign", "proportional", "quantile"] = Field("sign", description=(
         "the bias's step: to which side, by how much of the mean load, or to where the step's scores would be spread evenly"
     ))
-    bias_update_rate: float = Field(
-        default_factory=lambda data: 1.0 if data.get("bias_update") == "quantile" else 1e-3, ge=0,
-        description="size of a step; quantile: weight of the last step's estimate, at most 1",
-    )
+    bias_update_rate: float = Field(1e-3, ge=0, description=(
+        "size of a step; quantile: weight of the last step's estimate, at most 1, and 1 where it is not set"
+    ))
     bias_tokens: int = Field(8192, gt=0, description="quantile: tokens of a step, evenly spaced, that the bias is taken from")
     bias_settle: int = Field(0, ge=0, description=(
         "quantile: so many first steps end with the last micro-batch going forward once more, to find the bias from scores of "
@@ -79,6 +78,13 @@ class MoEConfig(Config):
         if self.expert_size % 8:
             raise ValueError(_not_eight("expert_size", self.expert_size))
         return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_weight_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("bias_update") == "quantile":
+            return {"bias_update_rate": 1.0} | values
+        return values
 
     @model_validator(mode="after")
     def _rate_is_a_weight(self) -> MoEConfig:

@@ -109,4 +109,4 @@ def test_sweep_keeps_the_quickest_of_every_launch(monkeypatch, capsys):
     assert row["sweep"][-4]["options"] == "best of each, launches not overlapped"
     decode_sweep.print_sweep([row])
     text = capsys.readouterr().out
-    assert "4 options: RuntimeError: out of resource" in text and "as it is" in text
+    assert "6 options: RuntimeError: out of resource" in text and "as it is" in text
