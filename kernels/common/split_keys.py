@@ -138,14 +138,12 @@ def store_part(
 
 
 @triton.jit
-def merged(
-    o_ptr, stat_ptr, head, first, parts, COUNT: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """Attention outputs [HEADS, WIDE] of int [HEADS] `head` from their parts [first, first + COUNT); 0 if none saw a key."""
+def merged(o_ptr, stat_ptr, head, COUNT: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr, WIDE: tl.constexpr):
+    """Attention outputs [HEADS, WIDE] of int [HEADS] `head` from their COUNT parts; 0 if none saw a key."""
     part = tl.arange(0, PADDED)[None, :]
     column = tl.arange(0, WIDE)[None, None, :]
     real = part < COUNT
-    at = head.to(tl.int64)[:, None] * parts + first + part
+    at = head.to(tl.int64)[:, None] * COUNT + part
     top = tl.load(stat_ptr + 2 * at, mask=real, other=float("-inf"))
     total = tl.load(stat_ptr + 2 * at + 1, mask=real, other=0.0)
     # A part that saw nothing holds zeros, so that no load waits for another.

@@ -78,7 +78,7 @@ def _merge(
     """Grid (B * H)."""
     head = tl.program_id(0) + tl.arange(0, 1)
     after_earlier(OVERLAP)
-    out = merged(o_ptr, stat_ptr, head, 0, PARTS, PARTS, PADDED, DIM, WIDE)
+    out = merged(o_ptr, stat_ptr, head, PARTS, PADDED, DIM, WIDE)
     column = tl.arange(0, WIDE)[None, :]
     at = out_ptr + (head.to(tl.int64) * DIM)[:, None] + column
     tl.store(at, out.to(out_ptr.dtype.element_ty), mask=column < DIM)

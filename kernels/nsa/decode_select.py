@@ -116,5 +116,5 @@ def finish(
     after_earlier(OVERLAP)
     gate = tl.load(gate_ptr + head * 3 + 1).to(tl.float32)
     mix = tl.load(mix_ptr + at, mask=mask, other=0.0)
-    out = mix + gate[:, None] * merged(o_ptr, stat_ptr, head, 0, SLC, SLC, SLC_PADDED, DIM, WIDE)
+    out = mix + gate[:, None] * merged(o_ptr, stat_ptr, head, SLC, SLC_PADDED, DIM, WIDE)
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=mask)
