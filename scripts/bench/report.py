@@ -8,6 +8,7 @@ import math
 import platform
 import subprocess
 import sys
+import textwrap
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -155,7 +156,7 @@ def plot(path: Path, rows: list[dict[str, object]], note: str) -> None:
             axis.legend(fontsize=7)
     for axis in axes[-1]:
         axis.set_xlabel("tokens in the row")
-    figure.suptitle(note, fontsize=8)
+    figure.suptitle(textwrap.fill(note, 80 * len(shapes)), fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

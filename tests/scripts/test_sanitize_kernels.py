@@ -31,3 +31,9 @@ def test_paths_reach_what_they_name():
 @pytest.mark.parametrize("name", sanitize_kernels.PATHS)
 def test_gpu_paths_run(name):
     sanitize_kernels.run(sanitize_kernels.PATHS[name])
+
+
+@pytest.mark.gpu
+def test_gpu_control_runs(capsys):
+    assert sanitize_kernels.main(["--paths", "control"]) == 0
+    assert "control: done" in capsys.readouterr().out
