@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sieve.data.loader import Step
+from sieve.data.packing import beginnings
 from sieve.kernels.common.ranges import named
 from sieve.model.balance import sample
 from sieve.model.config import MoEConfig
@@ -100,7 +101,8 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: G
     # Equal loads move no bias, nor do scores of no token: nothing is balanced in a step that is skipped.
     if scores and run.step < run.config.model.moe.bias_settle:
         share = _tokens_to_balance_by(run.config.model.moe, place.world_size)
-        engine.settle(batch, lambda some: _of_all_ranks({0: [sample(some, share)]}, engine.skipped)[0])
+        some_of_all = beginnings(step.micro_batches).to(place.device)
+        engine.settle(some_of_all, lambda some: _of_all_ranks({0: [sample(some, share)]}, engine.skipped)[0])
     else:
         engine.module.update_router_bias(
             {layer: tokens * ~engine.skipped for layer, tokens in load.items()}, _of_all_ranks(scores, engine.skipped),

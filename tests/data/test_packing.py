@@ -1,5 +1,6 @@
 """Rows against a plain-Python reading of the same stream: tokens, labels, cuts, epochs."""
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from sieve.data.packers import Concatenate, Cursor
-from sieve.data.packing import Batch, edges
+from sieve.data.packing import Batch, beginnings, edges
 from sieve.data.rows import IGNORE, fill
 
 
@@ -126,3 +127,33 @@ def test_batch_moves(make_store, uneven):
 def test_wide_ids_survive(make_store):
     row, _ = read_row(make_store([[70_000, 4_000_000]], 1 << 22), stored, Cursor(), 2)
     assert row.tokens.tolist() == [70_000, 4_000_000] and row.tokens.dtype == np.int64
+
+
+def test_beginnings_are_all_rows_cut_alike(make_store, uneven):
+    store = make_store(uneven)
+    rows, cursor = [], Cursor()
+    for _ in range(6):
+        row, cursor = read_row(store, stored, cursor, 30)
+        rows.append(row)
+    batches = [stack(rows[i : i + 2]) for i in (0, 2, 4)]
+    found = beginnings(batches)
+    cut = [Row(r.tokens[:10], r.labels[:10], [s for s in r.starts if s < 10], r.epoch) for r in rows]
+    wanted = stack(cut)
+    assert found.tokens.shape == (6, 10) and found.padding is None and found.max_seqlen == wanted.max_seqlen
+    for name in ("tokens", "labels", "cu_seqlens"):
+        assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    whole = beginnings(batches[:1])
+    assert torch.equal(whole.tokens, batches[0].tokens) and torch.equal(whole.cu_seqlens, batches[0].cu_seqlens)
+
+
+def test_beginnings_keep_padding(make_store, uneven):
+    rows, cursor = [], Cursor()
+    for _ in range(2):
+        row, cursor = read_row(make_store(uneven), stored, cursor, 7)
+        rows.append(row)
+    first, second = stack(rows[:1]), stack(rows[1:])
+    padding = torch.zeros(1, 7, dtype=torch.bool)
+    padding[0, 2:] = True
+    found = beginnings([first, replace(second, padding=padding)])
+    assert found.tokens.shape == (2, 4)  # 7 tokens a row by two batches, rounded up
+    assert found.padding.tolist() == [[False] * 4, [False, False, True, True]]

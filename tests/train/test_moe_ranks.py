@@ -96,7 +96,7 @@ def test_two_ranks_train_untouched_experts_as_one(tiny_text, tmp_path, one_rank)
 
 @pytest.mark.slow
 def test_two_ranks_settle_their_biases_alike(tiny_text, tmp_path, one_rank):
-    """Each rank's last row of four finds the bias; as stages do the same, so do they find the same."""
+    """The beginnings of a rank's rows find the bias; as stages do the same, so do they find the same."""
     own = ["model.moe.bias_update=quantile", "model.moe.bias_update_rate=1", "model.moe.bias_settle=3"]
     run_two(tiny_text, tmp_path, {name: [*own, *RUNS[name]] for name in ("zero0", "zero3", "zero3-block")})
     wanted = rows_of(tmp_path / "two-zero0")

@@ -21,10 +21,26 @@ def group():
 @pytest.mark.parametrize("attention", ["full", "nsa"])
 @pytest.mark.parametrize("zero", ["1", "2"])
 def test_a_step_does_not_wait(attention, zero, compiled, offload, tmp_path, monkeypatch):
-    case = Case([
-        "model=small", "model.num_layers=2", f"attention={attention}", f"zero={zero}", "dtype=bf16", "device=cuda",
-        "seq_len=4096", "global_batch=2", "micro_batch=1", "steps=1000", f"runs_dir={tmp_path}", f"compile={compiled}",
+    never_waits([
+        "model=small", f"attention={attention}", f"zero={zero}", f"compile={compiled}",
         f"activation_offload={offload}", f"activation_checkpointing={'block' if offload == 'true' else 'none'}",
+    ], tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("rule", [
+    ["bias_update=proportional", "bias_update_rate=0.02", "bias_settle=0"],
+    ["bias_update=quantile", "bias_settle=0"],
+    ["bias_update=quantile", "bias_settle=1000"],
+], ids=" ".join)
+def test_a_step_with_experts_does_not_wait(rule, tmp_path, monkeypatch):
+    own = [f"model.moe.{key}" for key in ("num_experts=8", "top_k=2", "expert_size=128", *rule)]
+    never_waits(["model=moe-1b", "model.hidden_size=256", "model.intermediate_size=512", "zero=1", *own], tmp_path, monkeypatch)
+
+
+def never_waits(overrides, folder, monkeypatch):
+    case = Case([
+        *overrides, "model.num_layers=2", "dtype=bf16", "device=cuda", "seq_len=4096", "global_batch=2", "micro_batch=1",
+        "steps=1000", f"runs_dir={folder}",
         "loss.impl=compiled", "loss.chunk_size=2048",  # Liger's counts its labels on the host
     ], 1024, documents=3)
     try:
