@@ -60,8 +60,8 @@ class MoEConfig(Config):
     ))
     bias_tokens: int = Field(8192, gt=0, description="quantile: tokens of a step, evenly spaced, that the bias is taken from")
     bias_settle: int = Field(0, ge=0, description=(
-        "quantile: so many first steps end with a micro-batch of the beginnings of all their rows going forward once more, to find "
-        "the bias from scores of the weights that the next step has"
+        "quantile: so many first steps end with a micro-batch of the beginnings of all their rows going forward, to find the "
+        "bias from scores of the weights that the next step has"
     ))
     aux_coef: float = Field(1e-2, ge=0)
     z_loss_coef: float = Field(0.0, ge=0, description="router z-loss: mean square of the logits' log-sum-exp")
