@@ -106,7 +106,7 @@ SUITES: dict[str, tuple[str, ...]] = {
 class SuiteConfig(Config):
     """What `sieve eval` takes."""
 
-    suite: tuple[str, ...] = Field(SUITES["standard"], description="a suite's name, or tasks")
+    suite: tuple[str, ...] = Field(SUITES["standard"], description="a suite's name, or a list of tasks")
     out: str | None = Field(None, description="folder of the results; null: report/eval in a run, else eval-NAME")
     seed: int = Field(0, ge=0)
     batch_tokens: int = Field(16_384, gt=0, description="tokens of a forward; one text longer than that goes alone")
@@ -122,10 +122,12 @@ class SuiteConfig(Config):
     @field_validator("suite", mode="before")
     @classmethod
     def _named(cls, value: object) -> object:
-        names = (value,) if isinstance(value, str) else value
-        if not isinstance(names, (list, tuple)):
+        if isinstance(value, str):
+            return SUITES.get(value, (value,))
+        if not isinstance(value, (list, tuple)):
             return value
-        return tuple(task for name in names for task in SUITES.get(name, (name,)))
+        # In a list "needle" is the task: else it could not be had without the others of its suite.
+        return tuple(task for name in value for task in ((name,) if name in TASKS else SUITES.get(name, (name,))))
 
     @field_validator("suite")
     @classmethod

@@ -151,5 +151,7 @@ def test_users_mistakes(tiny):
         run_suite(model, settings(suite=["health"]), {"text": documents})
     with pytest.raises(ValueError, match="needle needs the model's tokenizer"):
         run_suite(Loaded("m", tiny(), None, 128), settings(suite=["needle"]), {"text": documents})
+    assert settings(suite=["needle", "recall"]).suite == ("needle", "mqar", "copy", "induction")
+    assert settings(suite="needle").suite == ("needle", "multikey", "passkey")
     with pytest.raises(ValueError, match="needl is no suite and no task; did you mean needle"):
         settings(suite="needl")
