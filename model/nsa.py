@@ -22,7 +22,7 @@ from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.norm import RMSNorm
 from sieve.model.projection import project
-from sieve.model.rope import attention_scale, rotate
+from sieve.model.rope import attention_scale, rotate, rotate_each
 
 
 class Phi(nn.Module):
@@ -106,19 +106,20 @@ class NSA(nn.Module):
         """With a cache, x are the tokens of context.chunk, which it takes in."""
         dense = context.dense and cache is None
         q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(self.q_norm(q.unflatten(-1, (self.heads, -1))), context.rotation)
+        q = self.q_norm(q.unflatten(-1, (self.heads, -1)))
         k, v = self._split(k), self._split(v).contiguous()
-        k_slc = rotate(self.k_norm(k), context.rotation)
+        k_slc = self.k_norm(k)
         if dense:
-            return self._dense(q, k_slc, v, context)
+            return self._dense(*rotate_each((q, k_slc), context.rotation), v, context)
         # Not all in one product: a compiler makes one slow pass of the gradients of so many parts.
         if self.share_kv:
+            q, k_slc = rotate_each((q, k_slc), context.rotation)
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
             (gates,) = project(x, self.gate)
         else:
             k_cmp, v_cmp = map(self._split, project(x, self.k_cmp_proj, self.v_cmp_proj))
             k_win, v_win, gates = project(x, self.k_win_proj, self.v_win_proj, self.gate)
-            k_win = rotate(self.k_win_norm(self._split(k_win)), context.rotation)
+            q, k_slc, k_win = rotate_each((q, k_slc, self.k_win_norm(self._split(k_win))), context.rotation)
             v_win = self._split(v_win).contiguous()
         gates = gates.sigmoid().unflatten(-1, (self.heads, 3))
         chunk = context.chunk
