@@ -109,9 +109,10 @@ def compile_window(*shape):
 def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     from sieve.kernels.common import rope_triton
     from sieve.kernels.full import decode_triton as full_decode
-    from sieve.kernels.nsa import cache_triton, decode_triton
+    from sieve.kernels.nsa import cache_triton, decode_triton, phi_triton
     from sieve.kernels.nsa.decode_tiles import DecodeTiles
     from sieve.kernels.nsa.geometry import Geometry
+    from sieve.kernels.nsa.phi import AfterPhi, PhiWeights
 
     geometry = Geometry(32, 16, 64, 16, 1, 2, 512)
     shapes = [(1, 1, heads, d_qk)] + [(1, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
@@ -129,6 +130,14 @@ def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     cache_triton.store_block(query[0], *block, *tensors[1:3], geometry)
     table = [torch.zeros(1, 1, d_qk // 2) for _ in range(2)]
     rope_triton.rotate((tensors[0][0], new[0], new[0]), *table)
+    after = AfterPhi((torch.zeros(d_qk, dtype=dtype), 1e-5), [torch.zeros(2, 1, d_qk // 2) for _ in range(2)])
+    phi = [
+        PhiWeights("mlp", position, w_in, w_out=w_out) for position, w_in, w_out in (
+            (torch.zeros(s, dtype=dtype) for s in ((32, d), (2 * d, 32 * d), (d, 2 * d))) for d in (d_qk, d_v)
+        )
+    ]  # fmt: skip
+    joined = [torch.zeros(32, kv_heads, d, dtype=dtype) for d in (d_qk, d_v)]
+    phi_triton.compress_token(query[0], *joined, *tensors[1:3], *phi, after, geometry)
 
 
 def compile_operator(*shape):
