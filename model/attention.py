@@ -46,7 +46,7 @@ class Attention(nn.Module):
         self, x: Tensor, *, context: Context, cache: FullCache | WindowCache | None = None
     ) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj, step=context.step)
         q, k = self.q_norm(q.unflatten(-1, (self.heads, -1))), self.k_norm(k.unflatten(-1, (self.groups, -1)))
         q, k = rotate_each((q, k), context.rotation)
         v = v.unflatten(-1, (self.groups, -1)).contiguous()

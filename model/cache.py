@@ -130,8 +130,7 @@ class NSACache(LayerCache):
 
     def _at_once(self, chunk: Chunk) -> bool:
         """Whether `store` takes all the chunk's tokens in one launch, the window's included."""
-        one_each = chunk.width == 1 and chunk.packing.total_tokens == chunk.batch and not chunk.fresh
-        return self.kernels and one_each and "k_win" in self._tensors
+        return self.kernels and chunk.step and "k_win" in self._tensors
 
     def store(
         self, k_slc: Tensor, v_slc: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, chunk: Chunk

@@ -108,22 +108,25 @@ class NSA(nn.Module):
     def forward(self, x: Tensor, *, context: Context, cache: NSACache | None = None) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
         dense = context.dense and cache is None
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
+        q, k, v, *others = project(x, *self._projections(all=context.step), step=context.step)
         q = self.q_norm(q.unflatten(-1, (self.heads, -1)))
         k, v = self._split(k), self._split(v).contiguous()
         k_slc = self.k_norm(k)
         if dense:
             return self._dense(*rotate_each((q, k_slc), context.rotation), v, context)
-        # Not all in one product: a compiler makes one slow pass of the gradients of so many parts.
         if self.share_kv:
+            (gates,) = others or project(x, self.gate)
             q, k_slc = rotate_each((q, k_slc), context.rotation)
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
-            (gates,) = project(x, self.gate)
         else:
-            k_cmp, v_cmp = map(self._split, project(x, self.k_cmp_proj, self.v_cmp_proj))
-            k_win, v_win, gates = project(x, self.k_win_proj, self.v_win_proj, self.gate)
-            q, k_slc, k_win = rotate_each((q, k_slc, self.k_win_norm(self._split(k_win))), context.rotation)
-            v_win = self._split(v_win).contiguous()
+            # Not all in one product: a compiler makes one slow pass of the gradients of so many parts.
+            others = others or (
+                *project(x, self.k_cmp_proj, self.v_cmp_proj), *project(x, self.k_win_proj, self.v_win_proj, self.gate)
+            )
+            *others, gates = others
+            k_cmp, v_cmp, k_win, v_win = map(self._split, others)
+            q, k_slc, k_win = rotate_each((q, k_slc, self.k_win_norm(k_win)), context.rotation)
+            v_win = v_win.contiguous()
         gates = gates.sigmoid().unflatten(-1, (self.heads, 3))
         chunk = context.chunk
         if cache is not None:
@@ -141,6 +144,15 @@ class NSA(nn.Module):
             scale=self.scale, impl=self.impl, save_outputs=self.save_outputs,
         )
         return self.o_proj(out.flatten(1)), {"gates": gates.detach(), "indices": indices}
+
+    def _projections(self, *, all: bool) -> tuple[nn.Linear, ...]:
+        """Those that any attention has, or all but o_proj."""
+        first = self.q_proj, self.k_proj, self.v_proj
+        if not all:
+            return first
+        if self.share_kv:
+            return *first, self.gate
+        return *first, self.k_cmp_proj, self.v_cmp_proj, self.k_win_proj, self.v_win_proj, self.gate
 
     def _compress(self, k: Tensor, v: Tensor, context: Context, cache: NSACache | None) -> tuple[Tensor, Tensor]:
         """Keys and values before phi -> those of the slots [C, Hkv, D], and into a cache; of a step it may be there alone, and

@@ -107,7 +107,7 @@ def compile_window(*shape):
 
 
 def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
-    from sieve.kernels.common import rope_triton
+    from sieve.kernels.common import project_triton, rope_triton
     from sieve.kernels.full import decode_triton as full_decode
     from sieve.kernels.nsa import cache_triton, decode_triton, phi_triton
     from sieve.kernels.nsa.decode_tiles import DecodeTiles
@@ -138,6 +138,9 @@ def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     ]  # fmt: skip
     joined = [torch.zeros(32, kv_heads, d, dtype=dtype) for d in (d_qk, d_v)]
     phi_triton.compress_token(query[0], *joined, *tensors[1:3], *phi, after, geometry)
+    x, weights = torch.zeros(8, 2048, dtype=dtype), [torch.zeros(n * d_qk, 2048, dtype=dtype) for n in (heads, kv_heads)]
+    project_triton.project(x, weights)
+    project_triton.swiglu(x, *weights[:1] * 2)
 
 
 def compile_operator(*shape):

@@ -13,7 +13,7 @@ PROGRAM = Path(__file__).parents[1] / "sm90.py"
 ATTENDING = ["decode_compress.compress_and_window", "decode_select.select", "decode_triton._attend"]
 NAMES = sorted([*ATTENDING, "cache_triton._store_block", "cache_triton._store_token", "decode_select.finish",
                 "decode_triton._merge", "decode_weigh.weigh_and_merge", "phi_triton._first_layer", "phi_triton._last_layer",
-                "rope_triton._rotate"])  # fmt: skip
+                "project_triton._project", "project_triton._swiglu", "rope_triton._rotate"])  # fmt: skip
 
 
 def compiled(*shape, spills):
