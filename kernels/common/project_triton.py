@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sieve.kernels.common.launch import after_earlier, can_overlap, multiprocessors, overlap_options
+from sieve.kernels.common.launch import after_earlier, overlap_options, overlaps
 
 MOST_LAYERS = 8
 UNITS = 16  # rows of a weight that a program multiplies by
@@ -93,7 +93,7 @@ def _swiglu(
 def _options(x: Tensor, programs: int) -> dict[str, int]:
     rows = max(16, triton.next_power_of_2(x.shape[0]))
     step = 4096 // rows // (2 if x.dtype == torch.float32 else 1)
-    overlap = can_overlap(x.device) and programs <= multiprocessors(x.device)
+    overlap = overlaps(programs, x.device)
     return {
         "HIDDEN": x.shape[1], "ROWS": rows, "STEP": step, "UNITS": UNITS, "OVERLAP": overlap, "num_warps": 4, "num_stages": 4,
         **overlap_options(overlap),

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sieve.kernels.common.launch import after_earlier, can_overlap, multiprocessors, overlap_options, unit_stride
+from sieve.kernels.common.launch import after_earlier, overlap_options, overlaps, unit_stride
 
 MOST_TENSORS = 3
 PAIRS = 2048  # pairs of elements that a program turns
@@ -83,8 +83,7 @@ def rotate(xs: Sequence[Tensor], cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]
     every, out = [*xs, *xs[:1] * missing], [*outs, *outs[:1] * missing]
     end0 = programs[0]
     end1 = end0 + sum(programs[1:2])
-    device = xs[0].device
-    overlap = can_overlap(device) and sum(programs) <= multiprocessors(device)
+    overlap = overlaps(sum(programs), xs[0].device)
     _rotate[(sum(programs),)](
         *every, *out, cos.contiguous(), sin.contiguous(), tokens, end0, end1, *(s for x in every for s in x.stride()[:2]),
         HEADS0=every[0].shape[1], HEADS1=every[1].shape[1], HEADS2=every[2].shape[1], HALF=half, WIDE=wide, ROWS=rows,

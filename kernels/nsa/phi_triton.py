@@ -14,14 +14,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sieve.kernels.common.launch import after_earlier, can_overlap, overlap_options
+from sieve.kernels.common.launch import after_earlier, overlap_options, overlaps
 from sieve.kernels.common.rope_triton import turned
 from sieve.kernels.nsa.cache_triton import blocks_of
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.phi import AfterPhi, PhiWeights
 
-# Of a program of the first launch: (sequence, KV head) pairs, as few as tl.dot takes; rows and columns of w_in.
-ROWS, UNITS, PART = 16, 32, 512
+# Of a program of the first launch: (sequence, KV head) pairs, as few as tl.dot takes; rows and columns of w_in, more columns
+# where there are programs for more pairs, most of which only find that there is nothing to do.
+ROWS, UNITS, PART, MOST_PART = 16, 32, 512, 2048
 TOGETHER = 64  # columns of w_out that the second launch loads at once
 
 
@@ -172,28 +173,29 @@ def compress_token(
         if weights.position is None or weights.b_in is not None or weights.b_out is not None:
             raise ValueError("these kernels take phi with a position and without biases")
     (B, heads, places, dk), dv, l, d = keys.shape, values.shape[3], geometry.kernel_size, geometry.kernel_stride
-    pairs, mlp, overlap = B * heads, k_phi.kind == "mlp", can_overlap(keys.device)
+    pairs, mlp = B * heads, k_phi.kind == "mlp"
     k_hidden, v_hidden = k_phi.w_in.shape[0], v_phi.w_in.shape[0]
-    k_parts, v_parts = triton.cdiv(l * dk, PART), triton.cdiv(l * dv, PART)
+    tiles = triton.cdiv(pairs, ROWS)
+    part, step = min(PART * triton.next_power_of_2(tiles), MOST_PART), 128 if tiles == 1 else 64
+    k_parts, v_parts = triton.cdiv(l * dk, part), triton.cdiv(l * dv, part)
     k_sum = torch.empty(k_parts, pairs, k_hidden, dtype=torch.float32, device=keys.device)
     v_sum = torch.empty(v_parts, pairs, v_hidden, dtype=torch.float32, device=keys.device)
     k_programs, v_programs = (triton.cdiv(h, UNITS) * n for h, n in ((k_hidden, k_parts), (v_hidden, v_parts)))
-    every = {
-        "HEADS": heads, "L": l, "STRIDE": d, "DK": dk, "DV": dv, "K_HIDDEN": k_hidden, "V_HIDDEN": v_hidden,
-        "OVERLAP": overlap, **overlap_options(overlap),
-    }  # fmt: skip
-    _first_layer[(k_programs + v_programs, triton.cdiv(pairs, ROWS))](
+    every = {"HEADS": heads, "L": l, "STRIDE": d, "DK": dk, "DV": dv, "K_HIDDEN": k_hidden, "V_HIDDEN": v_hidden}
+    overlap = overlaps((k_programs + v_programs) * tiles, keys.device)
+    _first_layer[(k_programs + v_programs, tiles)](
         past, *(x.contiguous() for x in (k, v, k_phi.position, v_phi.position, k_phi.w_in, v_phi.w_in)), k_sum, v_sum, pairs,
-        K_PROGRAMS=k_programs, UNITS=UNITS, PART=PART, STEP=64 if k.dtype == torch.float32 else 128, ROWS=ROWS, **every,
-        num_warps=4, num_stages=4,
+        K_PROGRAMS=k_programs, UNITS=UNITS, PART=part, STEP=step // 2 if k.dtype == torch.float32 else step, ROWS=ROWS, **every,
+        OVERLAP=overlap, **overlap_options(overlap), num_warps=4, num_stages=4,
     )  # fmt: skip
     # What plays no part stands for what is not there.
     norm, eps = after.norm or (past, 0.0)
     cos, sin = after.rotation or (past, past)
+    overlap = overlaps(2 * pairs, keys.device)
     _last_layer[(pairs, 2)](
         past, k_sum, v_sum, *((w.w_out if mlp else w.w_in).contiguous() for w in (k_phi, v_phi)), norm, cos.contiguous(),
         sin.contiguous(), keys, values, pairs, places, eps, HALF_WIDE=triton.next_power_of_2(dk // 2),
         V_WIDE=triton.next_power_of_2(dv), K_PARTS=k_parts, V_PARTS=v_parts, K_PADDED=triton.next_power_of_2(k_parts),
         V_PADDED=triton.next_power_of_2(v_parts), MLP=mlp, NORM=after.norm is not None, ROTATE=after.rotation is not None,
-        TOGETHER=TOGETHER, **every, num_warps=8, enable_fp_fusion=False,
+        TOGETHER=TOGETHER, **every, OVERLAP=overlap, **overlap_options(overlap), num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip

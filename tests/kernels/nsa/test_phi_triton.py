@@ -110,7 +110,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", CASES)
 def test_mixed_lengths(name, device, poison):
-    """Before, at and after the ends of blocks; two programs' rows of pairs in all but the first."""
+    """Before, at and after the ends of blocks; mostly more pairs than one program takes, once more columns."""
     sizes = CASES[name]
     l, d = sizes["l"], sizes["d"]
     lengths = [0, l - 2, l - 1, l, l + d - 2, l + d - 1, l + 3 * d - 1, l + 3 * d, l + 7 * d - 1]
