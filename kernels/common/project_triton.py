@@ -16,7 +16,6 @@ from torch import Tensor
 from sieve.kernels.common.launch import after_earlier, overlap_options, overlaps
 
 MOST_LAYERS = 8
-UNITS = 16  # rows of a weight that a program multiplies by
 
 
 @triton.jit
@@ -90,12 +89,17 @@ def _swiglu(
     tl.store(out_ptr + row * N + unit[None, :], inner.to(dtype), mask=(row < tokens) & (unit < N)[None, :])
 
 
+def _tile(x: Tensor) -> int:
+    """Rows of x, padded, and of a weight that a program takes: as many, so that no more of x is read than of weights."""
+    return max(16, triton.next_power_of_2(x.shape[0]))
+
+
 def _options(x: Tensor, programs: int) -> dict[str, int]:
-    rows = max(16, triton.next_power_of_2(x.shape[0]))
+    rows = _tile(x)
     step = 4096 // rows // (2 if x.dtype == torch.float32 else 1)
     overlap = overlaps(programs, x.device)
     return {
-        "HIDDEN": x.shape[1], "ROWS": rows, "STEP": step, "UNITS": UNITS, "OVERLAP": overlap, "num_warps": 4, "num_stages": 4,
+        "HIDDEN": x.shape[1], "ROWS": rows, "STEP": step, "UNITS": rows, "OVERLAP": overlap, "num_warps": 4, "num_stages": 4,
         **overlap_options(overlap),
     }  # fmt: skip
 
@@ -103,12 +107,12 @@ def _options(x: Tensor, programs: int) -> dict[str, int]:
 def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """x [T, in] of few tokens; up to MOST_LAYERS weights [out, in] of its dtype -> x w^T [T, out] each, contiguous."""
     x, weights = x.contiguous(), [w.contiguous() for w in weights]
-    tokens, sizes = x.shape[0], [w.shape[0] for w in weights]
-    padded = [triton.cdiv(n, UNITS) * UNITS for n in sizes]
+    tokens, sizes, units = x.shape[0], [w.shape[0] for w in weights], _tile(x)
+    padded = [triton.cdiv(n, units) * units for n in sizes]
     out = x.new_empty(tokens * sum(padded))
     missing = MOST_LAYERS - len(weights)
     counts = {f"N{i}": n for i, n in enumerate(sizes + [0] * missing)}
-    programs = sum(padded) // UNITS
+    programs = sum(padded) // units
     _project[(programs,)](x, *weights, *weights[:1] * missing, out, tokens, **counts, **_options(x, programs))
     parts = out.split([tokens * n for n in padded])
     return tuple(part[: tokens * n].view(tokens, n) for part, n in zip(parts, sizes))
@@ -117,6 +121,6 @@ def project(x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, ...]:
 def swiglu(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
     """x [T, in] of few tokens, weights [n, in] of its dtype -> silu(x gate^T) * (x up^T) [T, n]."""
     x, n = x.contiguous(), gate.shape[0]
-    out, programs = x.new_empty(x.shape[0], n), triton.cdiv(n, UNITS)
+    out, programs = x.new_empty(x.shape[0], n), triton.cdiv(n, _tile(x))
     _swiglu[(programs,)](x, gate.contiguous(), up.contiguous(), out, x.shape[0], N=n, **_options(x, programs))
     return out
