@@ -11,7 +11,7 @@ from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.norm import RMSNorm
 from sieve.model.projection import project
-from sieve.model.rope import attention_scale, rotate
+from sieve.model.rope import attention_scale, rotate_each
 
 # The layer's `impl` names NSA's kernels; this is what the dense kernels call the same wish.
 DENSE_IMPL = {"auto": "auto", "triton": "auto", "sdpa": "auto", "reference": "reference"}
@@ -46,9 +46,9 @@ class Attention(nn.Module):
         self, x: Tensor, *, context: Context, cache: FullCache | WindowCache | None = None
     ) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(self.q_norm(q.unflatten(-1, (self.heads, -1))), context.rotation)
-        k = rotate(self.k_norm(k.unflatten(-1, (self.groups, -1))), context.rotation)
+        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj, step=context.step)
+        q, k = self.q_norm(q.unflatten(-1, (self.heads, -1))), self.k_norm(k.unflatten(-1, (self.groups, -1)))
+        q, k = rotate_each((q, k), context.rotation)
         v = v.unflatten(-1, (self.groups, -1)).contiguous()
         chunk = context.chunk
         stored = None if cache is None else cache.extend(k, v, chunk)

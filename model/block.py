@@ -43,5 +43,5 @@ class Block(nn.Module):
             out, routed = self.mlp(self.mlp_norm(x), context.real)
             aux = aux | routed
         else:
-            out = self.mlp(self.mlp_norm(x))
+            out = self.mlp(self.mlp_norm(x), step=context.step)
         return x + out, aux

@@ -14,8 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.availability import DTYPES
 from sieve.kernels.nsa.decode_reference import TILE
 from sieve.kernels.nsa.geometry import Geometry
+from sieve.kernels.nsa.phi import AfterPhi, PhiWeights
 from sieve.model.chunk import Chunk
 from sieve.model.config import AttentionConfig, ModelConfig
 
@@ -128,8 +130,7 @@ class NSACache(LayerCache):
 
     def _at_once(self, chunk: Chunk) -> bool:
         """Whether `store` takes all the chunk's tokens in one launch, the window's included."""
-        one_each = chunk.width == 1 and chunk.packing.total_tokens == chunk.batch and not chunk.fresh
-        return self.kernels and one_each and "k_win" in self._tensors
+        return self.kernels and chunk.step and "k_win" in self._tensors
 
     def store(
         self, k_slc: Tensor, v_slc: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_win: Tensor, v_win: Tensor, chunk: Chunk
@@ -164,6 +165,18 @@ class NSACache(LayerCache):
             return v
         position = chunk.raw_position.clamp(max=self["v_slc"].shape[2] - 1)  # [B, P]
         return _gather(self["v_slc"], position).transpose(1, 2).flatten(0, 1)
+
+    def compress(
+        self, k: Tensor, v: Tensor, k_phi: PhiWeights, v_phi: PhiWeights, after: AfterPhi, chunk: Chunk
+    ) -> bool:
+        """Make the blocks that this chunk completes from what `store` returned, and store them; False: that is left to phi
+        itself and `compressed`, since the chunk is no step, or phi not one that the kernels compute."""
+        if not self._at_once(chunk) or k_phi.kind == "mean" or k.dtype not in DTYPES:
+            return False
+        from sieve.kernels.nsa.phi_triton import compress_token
+
+        compress_token(chunk.past, k, v, self["k_cmp"], self["v_cmp"], k_phi, v_phi, after, self.geometry)
+        return True
 
     def compressed(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Store the blocks that this chunk completes, from the slots [C, Hkv, D] that phi filled."""

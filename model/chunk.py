@@ -44,6 +44,11 @@ class Chunk:
     def batch(self) -> int:
         return self.past.numel()
 
+    @property
+    def step(self) -> bool:
+        """Whether every sequence, of which there is something already, gets one new token."""
+        return self.width == 1 and self.packing.total_tokens == self.batch and not self.fresh
+
     @classmethod
     def of(cls, past: Tensor, counts: Sequence[int], geometry: Geometry, longest: int, *, fresh: bool) -> Chunk:
         """counts[b] tokens after the past[b] (int32 [B], on the device) that sequence b has. longest: see above."""

@@ -31,6 +31,11 @@ class Context:
     chunk: Chunk | None = None
     real: Tensor | None = None
 
+    @property
+    def step(self) -> bool:
+        """Whether this is a step of decoding, of one new token a sequence."""
+        return self.chunk is not None and self.chunk.step
+
     @classmethod
     @torch.no_grad()
     def of(

@@ -14,7 +14,7 @@ from sieve.kernels.nsa.api import nsa_attention
 from sieve.kernels.nsa.decode import nsa_decode
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import CompressedSlots
-from sieve.kernels.nsa.phi import PhiWeights, compress
+from sieve.kernels.nsa.phi import AfterPhi, PhiWeights, compress
 from sieve.model.attention import DENSE_IMPL
 from sieve.model.cache import NSACache
 from sieve.model.chunk import Chunk
@@ -22,7 +22,7 @@ from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.context import Context
 from sieve.model.norm import RMSNorm
 from sieve.model.projection import project
-from sieve.model.rope import attention_scale, rotate
+from sieve.model.rope import attention_scale, rotate, rotate_each
 
 
 class Phi(nn.Module):
@@ -43,8 +43,11 @@ class Phi(nn.Module):
             self.w_out = nn.Parameter(torch.full((head_dim, hidden), math.nan))
 
     def forward(self, x: Tensor, slots: CompressedSlots) -> Tensor:
+        return compress(x, slots, self.geometry, self.weights())
+
+    def weights(self) -> PhiWeights:
         position, w_in, w_out = (getattr(self, name, None) for name in ("position", "w_in", "w_out"))
-        return compress(x, slots, self.geometry, PhiWeights(self.kind, position=position, w_in=w_in, w_out=w_out))
+        return PhiWeights(self.kind, position=position, w_in=w_in, w_out=w_out)
 
 
 class _WithIdle(torch.autograd.Function):
@@ -105,31 +108,31 @@ class NSA(nn.Module):
     def forward(self, x: Tensor, *, context: Context, cache: NSACache | None = None) -> tuple[Tensor, dict]:
         """With a cache, x are the tokens of context.chunk, which it takes in."""
         dense = context.dense and cache is None
-        q, k, v = project(x, self.q_proj, self.k_proj, self.v_proj)
-        q = rotate(self.q_norm(q.unflatten(-1, (self.heads, -1))), context.rotation)
+        q, k, v, *others = project(x, *self._projections(all=context.step), step=context.step)
+        q = self.q_norm(q.unflatten(-1, (self.heads, -1)))
         k, v = self._split(k), self._split(v).contiguous()
-        k_slc = rotate(self.k_norm(k), context.rotation)
+        k_slc = self.k_norm(k)
         if dense:
-            return self._dense(q, k_slc, v, context)
-        # Not all in one product: a compiler makes one slow pass of the gradients of so many parts.
+            return self._dense(*rotate_each((q, k_slc), context.rotation), v, context)
         if self.share_kv:
+            (gates,) = others or project(x, self.gate)
+            q, k_slc = rotate_each((q, k_slc), context.rotation)
             k_cmp, v_cmp, k_win, v_win = k, v, k_slc, v
-            (gates,) = project(x, self.gate)
         else:
-            k_cmp, v_cmp = map(self._split, project(x, self.k_cmp_proj, self.v_cmp_proj))
-            k_win, v_win, gates = project(x, self.k_win_proj, self.v_win_proj, self.gate)
-            k_win = rotate(self.k_win_norm(self._split(k_win)), context.rotation)
-            v_win = self._split(v_win).contiguous()
+            # Not all in one product: a compiler makes one slow pass of the gradients of so many parts.
+            others = others or (
+                *project(x, self.k_cmp_proj, self.v_cmp_proj), *project(x, self.k_win_proj, self.v_win_proj, self.gate)
+            )
+            *others, gates = others
+            k_cmp, v_cmp, k_win, v_win = map(self._split, others)
+            q, k_slc, k_win = rotate_each((q, k_slc, self.k_win_norm(k_win)), context.rotation)
+            v_win = v_win.contiguous()
         gates = gates.sigmoid().unflatten(-1, (self.heads, 3))
         chunk = context.chunk
         if cache is not None:
             k_cmp, v_cmp = cache.store(k_slc, v, k_cmp, v_cmp, k_win, v_win, chunk)
-        k_cmp = self.k_cmp_norm(self.k_phi(k_cmp, context.slots))  # [C, Hkv, Dqk]
-        if context.slot_rotation is not None:
-            k_cmp = rotate(k_cmp, context.slot_rotation)
-        v_cmp = self.v_phi(v_cmp, context.slots)
+        k_cmp, v_cmp = self._compress(k_cmp, v_cmp, context, cache)
         if cache is not None:
-            cache.compressed(k_cmp, v_cmp, chunk)
             if context.dense:  # all is stored nevertheless, for when the sequences have grown
                 cache.roll(k_win, v_win, chunk)
                 return self.o_proj(self._decode_dense(q, k_slc, v, context, cache).flatten(1)), {}
@@ -141,6 +144,31 @@ class NSA(nn.Module):
             scale=self.scale, impl=self.impl, save_outputs=self.save_outputs,
         )
         return self.o_proj(out.flatten(1)), {"gates": gates.detach(), "indices": indices}
+
+    def _projections(self, *, all: bool) -> tuple[nn.Linear, ...]:
+        """Those that any attention has, or all but o_proj."""
+        first = self.q_proj, self.k_proj, self.v_proj
+        if not all:
+            return first
+        if self.share_kv:
+            return *first, self.gate
+        return *first, self.k_cmp_proj, self.v_cmp_proj, self.k_win_proj, self.v_win_proj, self.gate
+
+    def _compress(self, k: Tensor, v: Tensor, context: Context, cache: NSACache | None) -> tuple[Tensor, Tensor]:
+        """Keys and values before phi -> those of the slots [C, Hkv, D], and into a cache; of a step it may be there alone, and
+        what is returned has no meaning."""
+        if cache is not None:
+            norm = (self.k_cmp_norm.weight, self.k_cmp_norm.eps) if isinstance(self.k_cmp_norm, RMSNorm) else None
+            after = AfterPhi(norm, context.slot_rotation)
+            if cache.compress(k, v, self.k_phi.weights(), self.v_phi.weights(), after, context.chunk):
+                return k, v
+        k = self.k_cmp_norm(self.k_phi(k, context.slots))
+        if context.slot_rotation is not None:
+            k = rotate(k, context.slot_rotation)
+        v = self.v_phi(v, context.slots)
+        if cache is not None:
+            cache.compressed(k, v, context.chunk)
+        return k, v
 
     def _decode(
         self, q: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, chunk: Chunk, cache: NSACache

@@ -6,10 +6,12 @@ Dimension i of a head's first half and dimension i of its second half are one pa
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sieve.kernels.common.availability import why_not_triton
 from sieve.kernels.common.compiling import cast
 from sieve.model.config import RopeConfig, RopeScaling
 
@@ -59,7 +61,27 @@ def rotation(position: Tensor, rope: RopeConfig, head_dim: int) -> tuple[Tensor,
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """x [T, heads, D] turned by `rotation` (cos, sin: fp32 [T, 1, D // 2]); computed in fp32, returned in x's dtype."""
-    return _Rotate.apply(x, *rotation)
+    return rotate_each((x,), rotation)[0]
+
+
+def rotate_each(xs: Sequence[Tensor], rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Up to three tensors x [T, heads, D], each as `rotate` turns it, of one D and dtype.
+
+    On a GPU where no gradient is wanted that is one launch, to the bit the same; a compiler fuses it by itself.
+    """
+    if not _in_one_launch(xs):
+        return tuple(_Rotate.apply(x, *rotation) for x in xs)
+    from sieve.kernels.common import rope_triton  # needs the package triton
+
+    return rope_triton.rotate(xs, *rotation)
+
+
+def _in_one_launch(xs: Sequence[Tensor]) -> bool:
+    if torch.compiler.is_compiling() or not all(x.is_cuda for x in xs):
+        return False
+    if torch.is_grad_enabled() and any(x.requires_grad for x in xs):
+        return False
+    return why_not_triton(xs[0].device, xs[0].dtype) is None
 
 
 class _Rotate(torch.autograd.Function):

@@ -27,6 +27,15 @@ def can_overlap(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
+def overlaps(programs: int, device: torch.device) -> bool:
+    """Whether launches overlap, the first of them being of so many programs: where each has a multiprocessor to itself.
+
+    Where they have not, the programs that wait take room from those that work: at 64k tokens and batch 8 an H200 takes 45.5
+    microseconds without and 49.2 with overlap, at 8k and batch 1 15.1 and 12.3.
+    """
+    return can_overlap(device) and programs <= multiprocessors(device)
+
+
 def overlap_options(overlap: bool) -> dict[str, bool]:
     """Of a launch of a kernel that calls `after_earlier(OVERLAP=overlap)`; the interpreter knows no such option."""
     return {"launch_pdl": True} if overlap else {}

@@ -34,7 +34,7 @@ def _put(new_ptr, cache_ptr, pair, places, place, DIM: tl.constexpr, WIDE: tl.co
 
 
 @triton.jit
-def _blocks(length, L: tl.constexpr, STRIDE: tl.constexpr):
+def blocks_of(length, L: tl.constexpr, STRIDE: tl.constexpr):
     """How many compressed blocks `length` tokens complete."""
     return tl.maximum(length + STRIDE - L, 0) // STRIDE
 
@@ -73,8 +73,8 @@ def _store_token(
     _put(v_ptr, values_ptr, pair, places, past, DV, WV)
     _put(k_win_ptr, win_keys_ptr, pair, WINDOW, past % WINDOW, DK, WK)
     _put(v_win_ptr, win_values_ptr, pair, WINDOW, past % WINDOW, DV, WV)
-    first = _blocks(past, L, STRIDE) * STRIDE
-    shift = _blocks(past + 1, L, STRIDE) * STRIDE - first
+    first = blocks_of(past, L, STRIDE) * STRIDE
+    shift = blocks_of(past + 1, L, STRIDE) * STRIDE - first
     _pass_through(k_raw_ptr, raw_keys_ptr, k_joined_ptr, pair, past - first, shift, HEADS, L, ROWS, DK, WK)
     _pass_through(v_raw_ptr, raw_values_ptr, v_joined_ptr, pair, past - first, shift, HEADS, L, ROWS, DV, WV)
 
@@ -89,8 +89,8 @@ def _store_block(
     pair = tl.program_id(0)
     after_earlier(OVERLAP)
     past = tl.load(past_ptr + pair // HEADS)
-    number = _blocks(past, L, STRIDE)
-    if _blocks(past + 1, L, STRIDE) > number:
+    number = blocks_of(past, L, STRIDE)
+    if blocks_of(past + 1, L, STRIDE) > number:
         slot = pair // HEADS * (L // STRIDE)
         to = pair.to(tl.int64) * places + number
         column = tl.arange(0, WK)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sieve.kernels.common.launch import can_overlap, multiprocessors
+from sieve.kernels.common.launch import multiprocessors
 from sieve.kernels.common.split_keys import Tile, decode_tile
 
 MOST_SHARE = 256  # blocks that one program can compare with one another in registers
@@ -21,7 +21,7 @@ class DecodeTiles:
 
     programs, select_programs: about how many of those launches' run at once. share: blocks that one program weighs, a
     power of two up to MOST_SHARE; None: see `share_of`. overlap: launches begin before those ahead of them end; None: see
-    `overlaps`.
+    `sieve.kernels.common.launch.overlaps`.
     """
 
     first: Tile
@@ -38,15 +38,6 @@ class DecodeTiles:
         halves = dtype != torch.float32 and d_qk + d_v == 256
         first = replace(tile, keys=tile.keys // 2, num_stages=4) if halves else tile
         return cls(first, tile, 2 * programs, programs, None, None)
-
-
-def overlaps(programs: int, device: torch.device) -> bool:
-    """Whether launches overlap, the first of them being of so many programs: where each has a multiprocessor to itself.
-
-    Where they have not, the programs that wait take room from those that work: at 64k tokens and batch 8 an H200 takes 45.5
-    microseconds without and 49.2 with overlap, at 8k and batch 1 15.1 and 12.3.
-    """
-    return can_overlap(device) and programs <= multiprocessors(device)
 
 
 def share_of(blocks: int, kept: int) -> int:

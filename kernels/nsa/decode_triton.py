@@ -21,11 +21,11 @@ import triton
 from torch import Tensor
 
 from sieve.kernels.common.dims import split_dim
-from sieve.kernels.common.launch import overlap_options, unit_stride
+from sieve.kernels.common.launch import overlap_options, overlaps, unit_stride
 from sieve.kernels.common.split_keys import heads_together, parts_of
 from sieve.kernels.nsa.decode_compress import compress_and_window
 from sieve.kernels.nsa.decode_select import finish, select
-from sieve.kernels.nsa.decode_tiles import WEIGH_REGISTERS, DecodeTiles, heads_weighed, overlaps, share_of, weigh_warps
+from sieve.kernels.nsa.decode_tiles import WEIGH_REGISTERS, DecodeTiles, heads_weighed, share_of, weigh_warps
 from sieve.kernels.nsa.decode_weigh import weigh_and_merge
 from sieve.kernels.nsa.geometry import Geometry
 

@@ -34,6 +34,15 @@ class PhiWeights:
     b_out: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class AfterPhi:
+    """What an NSA layer does to phi's keys [C, Hkv, Dqk]. norm: an RMSNorm's weight [Dqk] and eps; rotation: cos and sin fp32
+    [C, 1, Dqk // 2] at the blocks' first positions. None: not done."""
+
+    norm: tuple[Tensor, float] | None
+    rotation: tuple[Tensor, Tensor] | None
+
+
 def _check(x: Tensor, slots: CompressedSlots, geometry: Geometry, weights: PhiWeights) -> None:
     if x.dim() != 3:
         raise ValueError(f"x must be [T, Hkv, D], got {list(x.shape)}")

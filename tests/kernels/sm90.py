@@ -44,7 +44,8 @@ def describe(argument, specialize: bool):
 
 
 def resources(kernel) -> dict:
-    """Registers and stack bytes a thread, shared memory in KB, tensor-core instructions by kind."""
+    """Registers and stack bytes a thread, shared memory in KB, tensor-core instructions by kind, and those of fp32 arithmetic:
+    a product without .rn may be fused with a sum."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(kernel.asm["cubin"])
@@ -56,11 +57,13 @@ def resources(kernel) -> dict:
     return {
         "registers": int(registers), "stack": int(stack), "shared_kb": kernel.metadata.shared / 1024,
         "wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync.aligned"),
+        "rounded": {name: len(re.findall(rf"\b{name}\.f32\b", ptx)) for name in ("mul", "mul.rn", "fma.rn", "sub.rn")},
     }  # fmt: skip
 
 
 def compile_launch(function: JITFunction, *args, grid, warmup, **kwargs):
-    options = {k: kwargs.pop(k) for k in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if k in kwargs}
+    known = ("num_warps", "num_stages", "maxnreg", "launch_pdl", "enable_fp_fusion")
+    options = {k: kwargs.pop(k) for k in known if k in kwargs}
     values = dict(zip(function.arg_names, args)) | kwargs
     signature, constants, attributes = {}, {}, {}
     for i, parameter in enumerate(function.params):
@@ -104,10 +107,12 @@ def compile_window(*shape):
 
 
 def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
+    from sieve.kernels.common import project_triton, rope_triton
     from sieve.kernels.full import decode_triton as full_decode
-    from sieve.kernels.nsa import cache_triton, decode_triton
+    from sieve.kernels.nsa import cache_triton, decode_triton, phi_triton
     from sieve.kernels.nsa.decode_tiles import DecodeTiles
     from sieve.kernels.nsa.geometry import Geometry
+    from sieve.kernels.nsa.phi import AfterPhi, PhiWeights
 
     geometry = Geometry(32, 16, 64, 16, 1, 2, 512)
     shapes = [(1, 1, heads, d_qk)] + [(1, kv_heads, n, d) for n in (capacity // 16 + 16, capacity, 512) for d in (d_qk, d_v)]
@@ -123,6 +128,19 @@ def compile_decode(heads, kv_heads, d_qk, d_v, dtype, capacity=65536):
     stores = [cache_triton.Stores(*new, *caches) for caches in (tensors[3:5], tensors[5:7], raw)]
     cache_triton.store_token(query[0], *stores, geometry)
     cache_triton.store_block(query[0], *block, *tensors[1:3], geometry)
+    table = [torch.zeros(1, 1, d_qk // 2) for _ in range(2)]
+    rope_triton.rotate((tensors[0][0], new[0], new[0]), *table)
+    after = AfterPhi((torch.zeros(d_qk, dtype=dtype), 1e-5), [torch.zeros(2, 1, d_qk // 2) for _ in range(2)])
+    phi = [
+        PhiWeights("mlp", position, w_in, w_out=w_out) for position, w_in, w_out in (
+            (torch.zeros(s, dtype=dtype) for s in ((32, d), (2 * d, 32 * d), (d, 2 * d))) for d in (d_qk, d_v)
+        )
+    ]  # fmt: skip
+    joined = [torch.zeros(32, kv_heads, d, dtype=dtype) for d in (d_qk, d_v)]
+    phi_triton.compress_token(query[0], *joined, *tensors[1:3], *phi, after, geometry)
+    x, weights = torch.zeros(8, 2048, dtype=dtype), [torch.zeros(n * d_qk, 2048, dtype=dtype) for n in (heads, kv_heads)]
+    project_triton.project(x, weights)
+    project_triton.swiglu(x, *weights[:1] * 2)
 
 
 def compile_operator(*shape):

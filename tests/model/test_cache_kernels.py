@@ -1,4 +1,5 @@
-"""A step of one token a sequence stored by the Triton kernels: caches and logits to the bit as in plain PyTorch."""
+"""A step of one token a sequence stored by the Triton kernels: caches and logits to the bit as in plain PyTorch, and within
+rounding where they compute phi too."""
 
 import os
 
@@ -7,7 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from sieve.kernels.nsa import cache_triton  # noqa: E402
+from sieve.kernels.nsa import cache_triton, phi_triton  # noqa: E402
 
 
 def extended(decoder, tokens, lengths, steps, kernels):
@@ -26,6 +27,12 @@ def extended(decoder, tokens, lengths, steps, kernels):
     return found
 
 
+def texts(steps, device):
+    """Lengths of prefixes, and the tokens of each and of `steps` more."""
+    lengths, rng = [1, 2, 3, 7, 8, 11, 12, 40], torch.Generator().manual_seed(0)
+    return lengths, [torch.randint(0, 61, (n + steps,), generator=rng).to(device) for n in lengths]
+
+
 @pytest.fixture
 def device():
     return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -33,13 +40,13 @@ def device():
 
 @pytest.mark.parametrize("geometry", [{}, {"kernel_size": 12, "window_size": 5}, {"kernel_size": 4}], ids=str)
 def test_caches_and_logits_are_the_same_to_the_bit(model, attention, build, device, geometry, monkeypatch):
-    """Prefixes before and at the ends of blocks and of the window, shorter than a block, and longer than all of it."""
+    """Prefixes before and at the ends of blocks and of the window, shorter than a block, and longer than all of it.
+
+    phi=mean is PyTorch's in both."""
     calls, original = [], cache_triton.store_token
     monkeypatch.setattr(cache_triton, "store_token", lambda *a: calls.append(1) or original(*a))
-    decoder, steps = build(model(moe=None), attention(**geometry)).to(device), 14
-    lengths = [1, 2, 3, 7, 8, 11, 12, 40]
-    rng = torch.Generator().manual_seed(0)
-    tokens = [torch.randint(0, 61, (n + steps,), generator=rng).to(device) for n in lengths]
+    decoder, steps = build(model(moe=None), attention(phi="mean", **geometry)).to(device), 14
+    lengths, tokens = texts(steps, device)
     l, d = decoder.attention_config.kernel_size, decoder.attention_config.kernel_stride
     pairs = zip(extended(decoder, tokens, lengths, steps, False), extended(decoder, tokens, lengths, steps, True))
     for step, ((want, old), (got, new)) in enumerate(pairs):
@@ -58,9 +65,33 @@ def test_caches_and_logits_are_the_same_to_the_bit(model, attention, build, devi
     assert len(calls) == 2 * steps  # two layers
 
 
+@pytest.mark.parametrize("changes", [
+    {}, {"kernel_size": 12, "window_size": 5, "qk_norm": True}, {"kernel_size": 4, "phi_hidden": 5, "compressed_rope": False},
+    {"phi": "linear", "qk_norm": True},
+], ids=str)  # fmt: skip
+def test_phi_in_the_kernels_is_the_same_within_rounding(model, attention, build, device, changes, monkeypatch):
+    calls, original = [], phi_triton.compress_token
+    monkeypatch.setattr(phi_triton, "compress_token", lambda *a: calls.append(1) or original(*a))
+    monkeypatch.setattr(cache_triton, "store_block", None)
+    decoder, steps = build(model(moe=None, init_std=0.3), attention(**changes)).to(device), 5  # more than kernel_stride
+    lengths, tokens = texts(steps, device)
+    l, d = decoder.attention_config.kernel_size, decoder.attention_config.kernel_stride
+    pairs = zip(extended(decoder, tokens, lengths, steps, False), extended(decoder, tokens, lengths, steps, True))
+    for step, ((want, old), (got, new)) in enumerate(pairs):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=2e-5)
+        for a, b in zip(old, new):
+            for name in ("k_cmp", "v_cmp"):
+                blocks = [max((n + step + 1 - l) // d + 1, 0) for n in lengths]
+                for row, count in enumerate(blocks):
+                    torch.testing.assert_close(b[name][row, :, :count], a[name][row, :, :count], rtol=1e-4, atol=2e-5)
+                    assert not b[name][row, :, count:-1].any()  # nothing is written before it is complete
+    assert len(calls) == 2 * steps  # two layers
+
+
 @pytest.mark.parametrize("counts", [[2, 2], [1, 0]], ids=str)
 def test_other_chunks_are_stored_as_before(model, attention, build, device, counts, monkeypatch):
     monkeypatch.setattr(cache_triton, "store_token", None)
+    monkeypatch.setattr(phi_triton, "compress_token", None)
     decoder = build(model(moe=None), attention()).to(device)
     cache = decoder.new_cache(2, 60)
     for layer in cache.layers:

@@ -7,6 +7,8 @@ import torch
 
 from sieve.eval.config import Sampling
 from sieve.eval.generate import complete
+from sieve.kernels.nsa.layout import Packing
+from sieve.model import mlp, projection, rope
 from sieve.model.step import Step, why_not_graph
 
 
@@ -31,24 +33,28 @@ def texts(*lengths):
     os.environ.get("TRITON_INTERPRET") != "1", reason="for the interpreter on a CPU; a GPU's own tests are below"
 )
 def test_triton_decoding_equals_the_whole_forward(decoder, pack, monkeypatch):
-    """Prefill to before l, w and n * l', then a token at a time past them, in a batch of mixed lengths."""
+    """Prefill to before l, w and n * l', then a token at a time past them, in a batch of mixed lengths; every kernel that a
+    GPU's step has."""
     pytest.importorskip("triton")
     from sieve.kernels.nsa import decode_triton
 
-    made, calls, original = decoder(impl="reference"), [], decode_triton.nsa_decode
+    made, calls, original = decoder(impl="reference", qk_norm=True), [], decode_triton.nsa_decode
     monkeypatch.setattr(decode_triton, "nsa_decode", lambda *a, **k: calls.append(1) or original(*a, **k))
     tokens = texts(14, 20, 70, 90)
     want = [made.logits(t[None], pack([len(t)]))[0] for t in tokens]
     cache = made.new_cache(4, 90)
     made.extend(torch.cat([t[:-8] for t in tokens]), [len(t) - 8 for t in tokens], cache)
-    for layer in made.layers:
-        layer.attention.impl = "triton"
+    for module in (projection, mlp):
+        monkeypatch.setattr(module, "one_launch", lambda x: calls.append(2) or True)
+    monkeypatch.setattr(rope, "_in_one_launch", lambda xs: True)
+    for layer, own in zip(made.layers, cache.layers):
+        layer.attention.impl, own.kernels = "triton", True
     step = Step(made, cache)
     for back in range(8, 0, -1):
         got = step(torch.stack([t[-back] for t in tokens]))
         for row, whole in zip(got, want):
             torch.testing.assert_close(row, whole[-back], rtol=1e-4, atol=2e-5)
-    assert len(calls) == 16
+    assert calls.count(1) == 16 and calls.count(2) == 32
 
 
 def test_a_bounded_step_equals_a_plain_one(decoder):
@@ -71,6 +77,33 @@ def test_there_is_no_graph_on_a_cpu(decoder):
     assert why_not_graph(made, made.new_cache(1, 10)) == "the model is on cpu"
     with pytest.raises(ValueError, match="graph=True cannot be had: the model is on cpu; use graph=False"):
         Step(made, made.new_cache(1, 10), graph=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("changes", [
+    {}, {"qk_norm": True, "phi_hidden": 40}, {"phi": "linear", "compressed_rope": False}, {"phi": "mean"}, {"share_kv": True},
+    {"kernel_size": 16, "kernel_stride": 4}, {"type": "full"}, {"type": "window"},
+], ids=str)  # fmt: skip
+def test_steps_on_a_gpu_equal_the_whole_forward(decoder, changes, monkeypatch):
+    """Prefixes before and at the ends of blocks, in fp32; each layer's projections are one launch, and so are rotations."""
+    from sieve.kernels.common import project_triton, rope_triton
+
+    calls = []
+    for module, name in ((project_triton, "project"), (project_triton, "swiglu"), (rope_triton, "rotate")):
+        original = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, name=name, original=original: calls.append(name) or original(*a))
+    made, tokens = decoder("cuda", **changes), [t.cuda() for t in texts(30, 36, 87, 110)]
+    ends = [torch.tensor([0, len(t)], dtype=torch.int32, device="cuda") for t in tokens]
+    want = [made.logits(t[None], Packing.of(end, len(t), len(t)))[0] for t, end in zip(tokens, ends)]
+    cache = made.new_cache(4, 110)
+    made.extend(torch.cat([t[:-20] for t in tokens]), [len(t) - 20 for t in tokens], cache)
+    step = Step(made, cache)
+    for back in range(20, 0, -1):
+        calls.clear()
+        got = step(torch.stack([t[-back] for t in tokens]))
+        for row, whole in zip(got, want):
+            torch.testing.assert_close(row, whole[-back], rtol=5e-4, atol=1e-4)
+        assert calls.count("project") == calls.count("swiglu") == 2 <= calls.count("rotate")
 
 
 @pytest.mark.gpu

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 PROGRAM = Path(__file__).parents[1] / "sm90.py"
 ATTENDING = ["decode_compress.compress_and_window", "decode_select.select", "decode_triton._attend"]
 NAMES = sorted([*ATTENDING, "cache_triton._store_block", "cache_triton._store_token", "decode_select.finish",
-                "decode_triton._merge", "decode_weigh.weigh_and_merge"])  # fmt: skip
+                "decode_triton._merge", "decode_weigh.weigh_and_merge", "phi_triton._first_layer", "phi_triton._last_layer",
+                "project_triton._project", "project_triton._swiglu", "rope_triton._rotate"])  # fmt: skip
 
 
 def compiled(*shape, spills):
@@ -26,6 +27,10 @@ def compiled(*shape, spills):
     for kernel in kernels:
         assert kernel["shared_kb"] <= 227 and kernel["stack"] <= spills, kernel
     (weights,) = (k for k in kernels if k["kernel"] == "decode_weigh.weigh_and_merge")
+    (turn,) = (k for k in kernels if k["kernel"] == "rope_triton._rotate")
+    # As sieve.model.rope rounds on a GPU: three products a pair and one more inside a sum, none that the compiler may fuse.
+    assert turn["rounded"]["mul"] == 0 and turn["rounded"]["fma.rn"] > 0, turn
+    assert turn["rounded"]["mul.rn"] == 3 * turn["rounded"]["fma.rn"] == 3 * turn["rounded"]["sub.rn"], turn
     if shape[0] // shape[1] <= 16:  # three on a multiprocessor
         assert 3 * weights["num_warps"] * 32 * weights["registers"] <= 65536, weights
     return [k for k in kernels if k["kernel"] in ATTENDING]
