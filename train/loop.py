@@ -112,8 +112,10 @@ def train_step(run: RunState, engine: Engine, step: Step, place: Place, guard: G
     run.tokens = run.tokens_before + step.state["tokens"]
     run.data = step.state
     record = None
+    for layer, tokens in load.items():
+        run.load_since[layer] = run.load_since.get(layer, 0) + tokens
     if logged:
-        run.expert_load = load
+        run.expert_load, run.load_since, run.step_load = run.load_since, {}, load
         run.router_bias = {layer: engine.module.layers[layer].mlp.router.bias for layer in load}
         run.health = {name: _mean_of_known(values) for name, values in health.items()}
         record = {"step": run.step, "tokens": run.tokens}

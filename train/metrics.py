@@ -58,15 +58,22 @@ def peak_memory_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
-def moe_metrics(expert_load: Mapping[int, Tensor], router_bias: Mapping[int, Tensor]) -> dict[str, float]:
-    """`moe/layer_NN/...` from the tokens routed to each expert ([E] a layer) and the balancing bias ([E] a layer).
+def moe_metrics(
+    expert_load: Mapping[int, Tensor], step_load: Mapping[int, Tensor], router_bias: Mapping[int, Tensor]
+) -> dict[str, float]:
+    """`moe/layer_NN/...` from the tokens routed to each expert ([E] a layer), in all steps since the last record and in the
+    last one, and the balancing bias ([E] a layer).
 
-    load_max: the busiest expert's share over the mean share (1 is even). load_cv: standard deviation over mean
-    (0 is even). entropy: of the experts' shares, over its largest value log E (1 is even, 0 one expert for all).
-    bias_norm: L2 norm of the bias. A layer that routed nothing gives no load. The loads are sums over the micro-batches
-    and ranks of a global batch, so that none of these depends on how it is spread.
+    load_max: the busiest expert's share over the mean share (1 is even), of all those steps together: one global batch may have
+    few documents. load_max_step: of the last one alone. load_cv: standard deviation over mean (0 is even). entropy: of the
+    experts' shares, over its largest value log E (1 is even, 0 one expert for all). bias_norm: L2 norm of the bias. A layer
+    that routed nothing gives no load. The loads are sums over the micro-batches and ranks of a global batch, so that none of
+    these depends on how it is spread.
     """
     metrics: dict[str, float] = {}
+    for layer, load in step_load.items():
+        if (total := load.double().mean().item()) > 0:
+            metrics[f"moe/layer_{layer:02d}/load_max_step"] = load.max().item() / total
     for layer, load in expert_load.items():
         load = load.detach().double()
         mean = load.mean().item()

@@ -24,7 +24,9 @@ class RunState:
     evaluated_step: the last step with an evaluation. stopping: whether the run ends after this step, unfinished.
     failure: why it cannot go on after this step, else None. save_requested: whether somebody wants a checkpoint of it.
     guard: of sieve.train.guard, None before the first step.
-    health, expert_load, router_bias: of the last logged step, see DecoderOutput; means and sums over the global batch.
+    health, step_load, router_bias: of the last logged step, see DecoderOutput; means and sums over the global batch.
+    expert_load: the sum of the loads of all steps from the logged one before it on, or from where this process began;
+    load_since: the same of the steps after it.
     """
 
     config: RunConfig
@@ -46,6 +48,8 @@ class RunState:
     guard: dict[str, Any] | None = None
     health: dict[str, Tensor] = field(default_factory=dict)
     expert_load: dict[int, Tensor] = field(default_factory=dict)
+    load_since: dict[int, Tensor] = field(default_factory=dict)
+    step_load: dict[int, Tensor] = field(default_factory=dict)
     router_bias: dict[int, Tensor] = field(default_factory=dict)
 
     @property

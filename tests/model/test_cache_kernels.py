@@ -45,7 +45,7 @@ def test_caches_and_logits_are_the_same_to_the_bit(model, attention, build, devi
     phi=mean is PyTorch's in both."""
     calls, original = [], cache_triton.store_token
     monkeypatch.setattr(cache_triton, "store_token", lambda *a: calls.append(1) or original(*a))
-    decoder, steps = build(model(moe=None), attention(phi="mean", **geometry)).to(device), 14
+    decoder, steps = build(model(moe=None), attention(impl="reference", phi="mean", **geometry)).to(device), 14
     lengths, tokens = texts(steps, device)
     l, d = decoder.attention_config.kernel_size, decoder.attention_config.kernel_stride
     pairs = zip(extended(decoder, tokens, lengths, steps, False), extended(decoder, tokens, lengths, steps, True))
@@ -73,7 +73,7 @@ def test_phi_in_the_kernels_is_the_same_within_rounding(model, attention, build,
     calls, original = [], phi_triton.compress_token
     monkeypatch.setattr(phi_triton, "compress_token", lambda *a: calls.append(1) or original(*a))
     monkeypatch.setattr(cache_triton, "store_block", None)
-    decoder, steps = build(model(moe=None, init_std=0.3), attention(**changes)).to(device), 5  # more than kernel_stride
+    decoder, steps = build(model(moe=None, init_std=0.3), attention(impl="reference", **changes)).to(device), 5  # more than kernel_stride
     lengths, tokens = texts(steps, device)
     l, d = decoder.attention_config.kernel_size, decoder.attention_config.kernel_stride
     pairs = zip(extended(decoder, tokens, lengths, steps, False), extended(decoder, tokens, lengths, steps, True))
@@ -92,13 +92,13 @@ def test_phi_in_the_kernels_is_the_same_within_rounding(model, attention, build,
 def test_other_chunks_are_stored_as_before(model, attention, build, device, counts, monkeypatch):
     monkeypatch.setattr(cache_triton, "store_token", None)
     monkeypatch.setattr(phi_triton, "compress_token", None)
-    decoder = build(model(moe=None), attention()).to(device)
+    decoder = build(model(moe=None), attention(impl="reference")).to(device)
     cache = decoder.new_cache(2, 60)
     for layer in cache.layers:
         layer.kernels = True
     decoder.extend(torch.zeros(41, dtype=torch.int64, device=device), [40, 1], cache)
     decoder.extend(torch.zeros(sum(counts), dtype=torch.int64, device=device), counts, cache)
-    shared = build(model(moe=None), attention(share_kv=True)).to(device)
+    shared = build(model(moe=None), attention(impl="reference", share_kv=True)).to(device)
     cache = shared.new_cache(1, 60)
     for layer in cache.layers:
         layer.kernels = True

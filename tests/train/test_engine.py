@@ -271,13 +271,15 @@ def test_clipping_on_the_device_is_deepspeeds(stage, one_rank, monkeypatch):
     for name in ("is_invalid_grad_norm", "get_global_norm_of_tensors"):
         monkeypatch.setattr(bf16_optimizer, name, getattr(bf16_optimizer, name))  # put back at the end
     ours, theirs = (engine_of(one_rank, stage, "bf16", clip=0.3, as_on_cuda=own) for own in (True, False))
-    found, wanted = steps(ours), steps(theirs)
+    found, wanted = steps(ours, [0]), steps(theirs, [0])
+    own = state(ours)
+    for name, value in state(theirs).items():  # the moments show the factor, to which AdamW's weights are all but blind
+        error = torch.linalg.vector_norm((own[name] - value).double()) / torch.linalg.vector_norm(value.double())
+        assert error < 1e-5, name
+    # Then a weight may round the other way to bf16, and what follows differs where a gradient is next to nothing.
+    found, wanted = found + steps(ours, [1, 2]), wanted + steps(theirs, [1, 2])
     assert all(norm > 0.3 for _, norm in wanted), "clipping is not exercised"
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-4, atol=1e-4)
-    after, expected = (torch.cat([m.flatten() for m in masters(engine).values()]) for engine in (ours, theirs))
-    difference = (after - expected).abs()
-    # Once a weight rounds the other way to bf16, what follows differs where a gradient is next to nothing.
-    assert (difference < 1e-4).float().mean() > 0.99 and difference.max() < LR
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=1e-3, atol=1e-3)
     kept = state(ours)
     for number in (20, 21):
         ours.backward(ours.forward(batch(number)).loss_sum * float("nan"))

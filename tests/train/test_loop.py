@@ -81,6 +81,27 @@ def test_the_bias_by_scores_does_not_depend_on_micro_batches(tiny_text, tmp_path
             assert row[key] == pytest.approx(other[key], rel=1e-3), key
 
 
+def test_a_record_has_the_load_of_all_steps_since_the_last_one(tiny_text, tmp_path, one_rank, monkeypatch):
+    """Which is the sum of those of single steps; the run is the same one."""
+    from sieve.train.callbacks.health import Health
+
+    loads, original = {}, Health.step
+
+    def step(self, run, record):
+        if record is not None:
+            loads.setdefault(run.config.name, []).append({k: x.clone() for k, x in run.expert_load.items()})
+        return original(self, run, record)
+
+    monkeypatch.setattr(Health, "step", step)
+    for every in (1, 4):
+        train(tiny_text, tmp_path, f"every-{every}", "attention=full", f"log.every={every}")
+    single, pooled = loads["every-1"], loads["every-4"]
+    assert len(single) == STEPS and len(pooled) == math.ceil(STEPS / 4)
+    for i, found in enumerate(pooled):
+        for layer, load in found.items():
+            assert torch.equal(load, sum(part[layer] for part in single[4 * i : 4 * i + 4]))
+
+
 def test_settling_holds_the_load_while_weights_move_fast(tiny_text, tmp_path, one_rank):
     """For as many steps as it is asked for; then it is the same rule as without."""
     late, settled, part = (

@@ -42,8 +42,10 @@ def test_cpu_memory_is_the_resident_set_in_bytes() -> None:
 
 
 def test_moe_metrics_of_a_hand_computed_load() -> None:
-    found = moe_metrics({3: torch.tensor([2.0, 4.0, 6.0, 4.0])}, {3: torch.tensor([3.0, -4.0, 0.0, 0.0])})
+    since, last, bias = [2.0, 4.0, 6.0, 4.0], [0.0, 4.0, 0.0, 4.0], [3.0, -4.0, 0.0, 0.0]
+    found = moe_metrics(*({3: torch.tensor(x)} for x in (since, last, bias)))
     assert found == {
+        "moe/layer_03/load_max_step": pytest.approx(2.0),
         "moe/layer_03/load_max": pytest.approx(1.5),
         "moe/layer_03/load_cv": pytest.approx(math.sqrt(2.0) / 4),
         # Shares of 1, 2, 3 and 2 eighths.
@@ -53,10 +55,10 @@ def test_moe_metrics_of_a_hand_computed_load() -> None:
 
 
 def test_a_layer_without_tokens_gives_no_load() -> None:
-    assert moe_metrics({1: torch.zeros(4)}, {}) == {}
+    assert moe_metrics({1: torch.zeros(4)}, {1: torch.zeros(4)}, {}) == {}
 
 
 def test_the_entropy_is_1_when_even_and_0_for_one_expert() -> None:
     loads = {0: torch.full((6,), 3.0), 1: torch.tensor([0.0, 9.0, 0.0]), 2: torch.tensor([5.0])}
-    found = moe_metrics(loads, {})
+    found = moe_metrics(loads, {}, {})
     assert [found[f"moe/layer_0{i}/entropy"] for i in range(3)] == [pytest.approx(1), pytest.approx(0), 1]

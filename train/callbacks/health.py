@@ -20,4 +20,4 @@ class Health(Callback):
             return
         health = {name: float(value) for name, value in run.health.items()}
         record.update({name: value for name, value in health.items() if not math.isnan(value)})  # NaN: dense layers
-        record.update(moe_metrics(run.expert_load, run.router_bias))
+        record.update(moe_metrics(run.expert_load, run.step_load, run.router_bias))
