@@ -73,7 +73,8 @@ def test_phi_in_the_kernels_is_the_same_within_rounding(model, attention, build,
     calls, original = [], phi_triton.compress_token
     monkeypatch.setattr(phi_triton, "compress_token", lambda *a: calls.append(1) or original(*a))
     monkeypatch.setattr(cache_triton, "store_block", None)
-    decoder, steps = build(model(moe=None, init_std=0.3), attention(impl="reference", **changes)).to(device), 5  # more than kernel_stride
+    decoder = build(model(moe=None, init_std=0.3), attention(impl="reference", **changes)).to(device)
+    steps = 5  # more than kernel_stride
     lengths, tokens = texts(steps, device)
     l, d = decoder.attention_config.kernel_size, decoder.attention_config.kernel_stride
     pairs = zip(extended(decoder, tokens, lengths, steps, False), extended(decoder, tokens, lengths, steps, True))
