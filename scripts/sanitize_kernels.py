@@ -4,7 +4,7 @@ compute-sanitizer.
     python scripts/sanitize_kernels.py                                    # once without: compiles the kernels
     compute-sanitizer --tool memcheck python scripts/sanitize_kernels.py
     compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py --paths group16
-    compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py --paths control    # what it says of no race at all
+    compute-sanitizer --tool racecheck python scripts/sanitize_kernels.py --paths control,control-mbarrier   # no race at all
 
 Memory comes straight from cudaMalloc, not from torch's cache, so that a byte past a tensor's end is seen. Exit status 2
 without a GPU, else that of the sanitizer (give it --error-exitcode 1).
@@ -41,7 +41,7 @@ PATHS = {
     "decode-fp32": Path((8, 2, 64, 64), "float32", lengths=(300, 20), decode=True),
     "one-token": Path((16, 1, 128, 128), lengths=(1,)),
 }
-CONTROL = "control"  # a kernel without races, see sieve.scripts.sanitize_control
+CONTROL = ("control", "control-mbarrier")  # a kernel without races, see sieve.scripts.sanitize_control
 
 
 def run(path: Path) -> None:
@@ -91,9 +91,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--paths", default=",".join(PATHS), help="names, separated by commas (default %(default)s)")
     names = parser.parse_args(argv).paths.split(",")
-    unknown = sorted(set(names) - {*PATHS, CONTROL})
+    unknown = sorted(set(names) - {*PATHS, *CONTROL})
     if unknown:
-        parser.error(f"--paths: {', '.join(unknown)} is not of {', '.join((*PATHS, CONTROL))}")
+        parser.error(f"--paths: {', '.join(unknown)} is not of {', '.join((*PATHS, *CONTROL))}")
     os.environ.setdefault("PYTORCH_NO_CUDA_MEMORY_CACHING", "1")  # before the first allocation
     import torch
 
@@ -101,10 +101,10 @@ def main(argv: list[str] | None = None) -> int:
         print("sanitize_kernels: needs an NVIDIA GPU, and torch sees none", file=sys.stderr)
         return 2
     for name in names:
-        if name == CONTROL:
+        if name in CONTROL:
             from sieve.scripts import sanitize_control
 
-            sanitize_control.run()
+            sanitize_control.run(mbarriers=name == CONTROL[1])
         else:
             run(PATHS[name])
         print(f"{name}: done", flush=True)

@@ -1,5 +1,5 @@
 """A step of one token a sequence stored by the Triton kernels: caches and logits to the bit as in plain PyTorch, and within
-rounding where they compute phi too."""
+rounding where they compute phi too. The attention is PyTorch's: the head sizes here are none of its kernels'."""
 
 import os
 

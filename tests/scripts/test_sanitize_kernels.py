@@ -35,5 +35,5 @@ def test_gpu_paths_run(name):
 
 @pytest.mark.gpu
 def test_gpu_control_runs(capsys):
-    assert sanitize_kernels.main(["--paths", "control"]) == 0
-    assert "control: done" in capsys.readouterr().out
+    assert sanitize_kernels.main(["--paths", "control,control-mbarrier"]) == 0
+    assert "control-mbarrier: done" in capsys.readouterr().out
