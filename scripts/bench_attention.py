@@ -92,7 +92,7 @@ def _row(
 
     from sieve.scripts.bench.cases import draw, least_flops
     from sieve.scripts.bench.report import print_table
-    from sieve.scripts.bench.rivals import rival_calls
+    from sieve.scripts.bench.rivals import TUNED, rival_calls
     from sieve.scripts.bench.timing import Timing, peak_bytes, reason, time_calls
 
     forward, backward, whole, missing = {}, {}, [], {}
@@ -102,6 +102,8 @@ def _row(
         try:
             forward[name], backward[name] = rival_calls(next(iter(cases.values())), name)
             whole.append(name)
+            if name in TUNED:
+                print(f"{name} chooses its kernels' settings first, which may take minutes", flush=True)
         except ImportError as error:
             missing[name] = Timing(error=reason(error))
     for kind, case in cases.items():

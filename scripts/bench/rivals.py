@@ -12,6 +12,7 @@ from sieve.scripts.bench.cases import Case
 
 Call = Callable[[], object]
 RIVALS = ("fa4", "cudnn", "fa2", "fla")
+TUNED = ("fla",)  # tries dozens of settings for each kernel at its first call, and says nothing
 
 
 def _fa4(case: Case) -> tuple[Callable[[Tensor, Tensor, Tensor], Tensor], tuple[Tensor, ...]]:
