@@ -1,8 +1,8 @@
 """Checkpoints: how they are found again, which of them are whole, and what may go on from them.
 
 A run keeps them in `checkpoints/step-00000200/`: `rank-00000.safetensors` with each rank's share of weights and optimizer
-state (sieve.train.shards), `rank-00000.pt` with its random generators, `manifest.json` with everything that is the same
-on all ranks, and `COMPLETE`, the sha256 of all of those, as `sha256sum -c COMPLETE` checks them. sieve.train.saver writes
+state (sieve.train.shards), `rank-00000.pt` with its random generators and the experts' load since the last record,
+`manifest.json` with everything else that is the same on all ranks, and `COMPLETE`, the sha256 of all of those, as `sha256sum -c COMPLETE` checks them. sieve.train.saver writes
 them under another name and moves them into place; what begins with `.tmp-` is unfinished or on its way out.
 """
 
@@ -224,7 +224,10 @@ def restore(saved: Saved, run: RunState, engine: Engine) -> None:
     engine.refresh()
     generators = saved.path / f"rank-{run.rank:05d}.pt"
     if generators.is_file():
-        set_random_state(torch.load(generators, weights_only=True))
+        own = torch.load(generators, weights_only=True)
+        device = next(engine.module.parameters()).device
+        run.load_since = {layer: tokens.to(device) for layer, tokens in own.pop("load_since", {}).items()}
+        set_random_state(own)
     else:  # more ranks than there were: generators that nobody else has, the same at every resume
         torch.manual_seed((run.config.seed + 1_000_003 * manifest["step"] + run.rank + 1) % 2**63)
     run.step = run.resumed_from = manifest["step"]

@@ -101,7 +101,8 @@ class Saver:
         pieces, buffers = self._state()
         self.copy.take(pieces, buffers)
         generators = io.BytesIO()
-        torch.save(random_state(), generators)
+        load = {layer: tokens.cpu() for layer, tokens in run.load_since.items()}
+        torch.save(random_state() | {"load_since": load}, generators)
         buffers = persistent_buffers(self.engine.module)
         manifest = {
             "format": FORMAT, "step": run.step, "tokens": run.tokens, "tokens_before": run.tokens_before,

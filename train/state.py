@@ -25,8 +25,7 @@ class RunState:
     failure: why it cannot go on after this step, else None. save_requested: whether somebody wants a checkpoint of it.
     guard: of sieve.train.guard, None before the first step.
     health, step_load, router_bias: of the last logged step, see DecoderOutput; means and sums over the global batch.
-    expert_load: the sum of the loads of all steps from the logged one before it on, or from where this process began;
-    load_since: the same of the steps after it.
+    expert_load: the sum of the loads of all steps since the one logged before it. load_since: of the steps after it.
     """
 
     config: RunConfig
