@@ -2,8 +2,9 @@
 
 A run keeps them in `checkpoints/step-00000200/`: `rank-00000.safetensors` with each rank's share of weights and optimizer
 state (sieve.train.shards), `rank-00000.pt` with its random generators and the experts' load since the last record,
-`manifest.json` with everything else that is the same on all ranks, and `COMPLETE`, the sha256 of all of those, as `sha256sum -c COMPLETE` checks them. sieve.train.saver writes
-them under another name and moves them into place; what begins with `.tmp-` is unfinished or on its way out.
+`manifest.json` with everything else that is the same on all ranks, and `COMPLETE`, the sha256 of all of those, as
+`sha256sum -c COMPLETE` checks them. sieve.train.saver writes them under another name and moves them into place; what
+begins with `.tmp-` is unfinished or on its way out.
 """
 
 from __future__ import annotations
