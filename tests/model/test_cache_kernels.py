@@ -38,7 +38,9 @@ def device():
     return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
 
 
-@pytest.mark.parametrize("geometry", [{}, {"kernel_size": 12, "window_size": 5}, {"kernel_size": 4}], ids=str)
+@pytest.mark.parametrize("geometry", [
+    {}, {"kernel_size": 12, "window_size": 5}, pytest.param({"kernel_size": 4}, marks=pytest.mark.slow),
+], ids=str)  # fmt: skip
 def test_caches_and_logits_are_the_same_to_the_bit(model, attention, build, device, geometry, monkeypatch):
     """Prefixes before and at the ends of blocks and of the window, shorter than a block, and longer than all of it.
 
@@ -66,8 +68,8 @@ def test_caches_and_logits_are_the_same_to_the_bit(model, attention, build, devi
 
 
 @pytest.mark.parametrize("changes", [
-    {}, {"kernel_size": 12, "window_size": 5, "qk_norm": True}, {"kernel_size": 4, "phi_hidden": 5, "compressed_rope": False},
-    {"phi": "linear", "qk_norm": True},
+    pytest.param({}, marks=pytest.mark.slow), {"kernel_size": 12, "window_size": 5, "qk_norm": True},
+    {"kernel_size": 4, "phi_hidden": 5, "compressed_rope": False}, {"phi": "linear", "qk_norm": True},
 ], ids=str)  # fmt: skip
 def test_phi_in_the_kernels_is_the_same_within_rounding(model, attention, build, device, changes, monkeypatch):
     calls, original = [], phi_triton.compress_token
