@@ -112,9 +112,9 @@ class NSACache(LayerCache):
     l tokens before phi that the next block may begin with, k_raw and v_raw. With share_kv the window and v_raw are
     read from the selection's."""
 
-    def __init__(self, *args, geometry: Geometry) -> None:
-        """args: LayerCache's. kernels: whether a step of one token a sequence is stored by Triton's."""
-        self.geometry, device = geometry, args[3]
+    def __init__(self, *args, geometry: Geometry, exact: bool) -> None:
+        """args: LayerCache's. kernels: whether a step of one token a sequence is stored by Triton's. exact: see Cache."""
+        self.geometry, self.exact, device = geometry, exact, args[3]
         self.kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         super().__init__(*args)
 
@@ -206,6 +206,21 @@ class NSACache(LayerCache):
         place = position.clamp(0, self["k_slc"].shape[2] - 1)
         return _gather(self["k_slc"], place), _gather(self["v_slc"], place), position
 
+    def runs(self, k: Tensor, v: Tensor, chunk: Chunk) -> list[tuple[Tensor, Tensor]]:
+        """Store packed k, v [T, Hkv, D]; of each sequence the keys and values [m + n, Hkv, D] of the m tokens before its n
+        new ones that their windows reach, and of those, in order."""
+        found, places, end = [], self.geometry.window_size, 0
+        for row, (past, count) in enumerate(zip(chunk.pasts, chunk.counts)):
+            first, end = max(0, past + 1 - places), end + count
+            if "k_win" not in self._tensors:
+                found.append(tuple(self[name][row, :, first : past + count].transpose(0, 1) for name in ("k_slc", "v_slc")))
+                continue
+            place = torch.arange(first, past, device=k.device) % places
+            rings = (self[name][row][:, place].transpose(0, 1) for name in ("k_win", "v_win"))
+            found.append(tuple(torch.cat([ring, x[end - count : end]]) for ring, x in zip(rings, (k, v))))
+        self.roll(k, v, chunk)
+        return found
+
     def roll(self, k: Tensor, v: Tensor, chunk: Chunk) -> None:
         """Only store the window's."""
         if "k_win" in self._tensors and not self._at_once(chunk):
@@ -221,11 +236,12 @@ class Cache:
     """The caches of all layers for `batch` sequences, with room for `capacity` tokens each (see `reserve`).
 
     lengths: int32 [B] on the device, tokens of each sequence so far. longest: the most of them, known on the host.
+    exact: NSA's steps choose blocks by training's own kernels (sieve.kernels.nsa.decode_choice).
     """
 
     def __init__(
         self, model: ModelConfig, attention: AttentionConfig, batch: int, capacity: int, *,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, exact: bool = False,
     ) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch={batch} and capacity={capacity} must be at least 1")
@@ -233,7 +249,7 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._host = [0] * batch
         self.layers = [
-            _layer(kind, model, attention, batch, torch.device(device), dtype)
+            _layer(kind, model, attention, batch, torch.device(device), dtype, exact)
             for kind in attention.layer_types(model.num_layers)
         ]
         self.reserve(capacity)
@@ -257,7 +273,7 @@ class Cache:
         """
         longest = self.after(counts)
         return Chunk.of(
-            self.lengths, counts, self.geometry, self.capacity if bounded else longest, fresh=self.longest == 0
+            self.lengths, self._host, counts, self.geometry, self.capacity if bounded else longest, fresh=self.longest == 0
         )
 
     def after(self, counts: Sequence[int]) -> int:
@@ -297,7 +313,7 @@ class Cache:
 
 
 def _layer(
-    kind: str, model: ModelConfig, attention: AttentionConfig, batch: int, device: torch.device, dtype: torch.dtype
+    kind: str, model: ModelConfig, attention: AttentionConfig, batch: int, device: torch.device, dtype: torch.dtype, exact: bool
 ) -> LayerCache:
     dim_qk, dim_v, rest = model.head_dim_qk, model.head_dim_v, (device, dtype)
     if kind != "nsa":
@@ -306,4 +322,4 @@ def _layer(
     names = ["k_slc", "v_slc", "k_cmp", "v_cmp", "k_raw"]
     names += [] if attention.share_kv else ["v_raw", "k_win", "v_win"]
     dims = {name: dim_qk if name[0] == "k" else dim_v for name in names}
-    return NSACache(batch, model.num_kv_heads, dims, *rest, geometry=attention.geometry())
+    return NSACache(batch, model.num_kv_heads, dims, *rest, geometry=attention.geometry(), exact=exact)

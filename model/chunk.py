@@ -19,8 +19,9 @@ class Chunk:
     """T new tokens of B sequences laid end to end.
 
     packing: their layout, a sequence's new tokens as a document. past, count: int32 [B], tokens a sequence has already
-        and gets now. position: int32 [T], in the sequence. width: the most new tokens of one sequence. longest: at least
-        every sequence's length afterwards, on the host. fresh: nothing came before, so that training's forward serves.
+        and gets now; pasts, counts: the same on the host, but in a captured step, where pasts are those of the capture.
+    position: int32 [T], in the sequence. width: the most new tokens of one sequence. longest: at least every sequence's
+        length afterwards, on the host. fresh: nothing came before, so that training's forward serves.
     slots: where phi's blocks begin, in `packing`'s tokens when fresh, else in `places` tokens a sequence: the past tokens
         from its first incomplete block on, then the new ones. begin: int64 [B], where those of a sequence begin; first:
         int64 [B], the position of that token.
@@ -31,6 +32,8 @@ class Chunk:
     packing: Packing
     past: Tensor
     count: Tensor
+    pasts: tuple[int, ...]
+    counts: tuple[int, ...]
     position: Tensor
     width: int
     longest: int
@@ -50,8 +53,11 @@ class Chunk:
         return self.width == 1 and self.packing.total_tokens == self.batch and not self.fresh
 
     @classmethod
-    def of(cls, past: Tensor, counts: Sequence[int], geometry: Geometry, longest: int, *, fresh: bool) -> Chunk:
-        """counts[b] tokens after the past[b] (int32 [B], on the device) that sequence b has. longest: see above."""
+    def of(
+        cls, past: Tensor, pasts: Sequence[int], counts: Sequence[int], geometry: Geometry, longest: int, *, fresh: bool
+    ) -> Chunk:
+        """counts[b] tokens after the past[b] (int32 [B], on the device; pasts on the host) that sequence b has. longest: see
+        above."""
         device, width, T = past.device, max(counts), sum(counts)
         if min(counts) == width:  # nothing is copied to the device, so that a captured graph may hold it
             ends = torch.arange(len(counts) + 1, dtype=torch.int32, device=device) * width
@@ -73,7 +79,9 @@ class Chunk:
                 (local + l <= held[:, None]).flatten(), (local + d <= held[:, None]).flatten(), any_filling=True,
             )
         position = past[packing.doc] + packing.position
-        return cls(packing, past, count, position, width, longest, fresh, slots, begin, first, geometry)
+        return cls(
+            packing, past, count, tuple(pasts), tuple(counts), position, width, longest, fresh, slots, begin, first, geometry
+        )
 
     @functools.cached_property
     def raw_position(self) -> Tensor:

@@ -183,10 +183,13 @@ class Decoder(nn.Module):
             cache.count(counts)
         return self.norm(x)
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """An empty cache of this model for `batch` sequences of up to `capacity` tokens, where and as its weights are."""
+    def new_cache(self, batch: int, capacity: int, *, exact: bool = False) -> Cache:
+        """An empty cache of this model for `batch` sequences of up to `capacity` tokens, where and as its weights are; exact:
+        see Cache."""
         weight = self.embed.weight
-        return Cache(self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype)
+        return Cache(
+            self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype, exact=exact
+        )
 
     def _hidden(
         self, tokens: Tensor, packing: Packing, collect: bool = False, padding: Tensor | None = None,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sieve.kernels.full.api import attention
 from sieve.kernels.full.decode import cached_attention
-from sieve.kernels.nsa.api import nsa_attention
+from sieve.kernels.nsa.api import nsa_attention, resolve_impl
 from sieve.kernels.nsa.decode import nsa_decode
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import CompressedSlots
@@ -137,7 +137,8 @@ class NSA(nn.Module):
                 cache.roll(k_win, v_win, chunk)
                 return self.o_proj(self._decode_dense(q, k_slc, v, context, cache).flatten(1)), {}
             if not chunk.fresh:
-                return self.o_proj(self._decode(q, k_win, v_win, gates, chunk, cache).flatten(1)), {}
+                out, indices = self._decode(q, k_win, v_win, gates, chunk, cache)
+                return self.o_proj(out.flatten(1)), {"gates": gates, "indices": indices}
             cache.roll(k_win, v_win, chunk)
         out, indices = (self.operator or nsa_attention)(
             q, k_cmp, v_cmp, k_slc, v, k_win, v_win, gates, context.packing, self.geometry,
@@ -172,18 +173,35 @@ class NSA(nn.Module):
 
     def _decode(
         self, q: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, chunk: Chunk, cache: NSACache
-    ) -> Tensor:
-        """Of new tokens whose selection keys and compressed blocks the cache has already: [T, H, Dv]."""
+    ) -> tuple[Tensor, Tensor]:
+        """Of new tokens whose selection keys and compressed blocks the cache has already: [T, H, Dv], and the selected blocks
+        int32 [T, Hkv, topk]."""
+        if chunk.width > 1 and resolve_impl(self.impl, q.device, q.dtype) == "triton":
+            return self._decode_runs(q, k_win, v_win, gates, chunk, cache)
         keys, values, position = cache.window(k_win, v_win, chunk)
-        impl = "reference" if self.impl == "sdpa" else self.impl
-        if impl == "triton" and chunk.width > 1:
-            impl = "auto"  # its decode kernels take one token
-        out, _ = nsa_decode(
+        out, indices = nsa_decode(
             chunk.pad(q), cache["k_cmp"], cache["v_cmp"], cache["k_slc"], cache["v_slc"], keys, values,
             chunk.pad(gates), chunk.query, position, chunk.longest, self.geometry, scale=self.scale,
-            impl=impl,
+            impl="reference" if self.impl == "sdpa" else self.impl, exact=cache.exact,
         )
-        return chunk.unpad(out)
+        return chunk.unpad(out), chunk.unpad(indices)
+
+    def _decode_runs(
+        self, q: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor, chunk: Chunk, cache: NSACache
+    ) -> tuple[Tensor, Tensor]:
+        """`_decode` of several new tokens of some sequence: one after the other."""
+        from sieve.kernels.nsa.chunk_triton import attend_run  # needs the package triton
+
+        outs, chosen = [], []
+        runs = zip(chunk.pasts, q.split(chunk.counts), gates.split(chunk.counts), cache.runs(k_win, v_win, chunk))
+        for row, (past, own, mixed, window) in enumerate(runs):
+            if not len(own):
+                continue
+            stored = (cache[name][row] for name in ("k_cmp", "v_cmp", "k_slc", "v_slc"))
+            out, indices = attend_run(own, *stored, *window, mixed, past, self.geometry, scale=self.scale)
+            outs.append(out)
+            chosen.append(indices)
+        return torch.cat(outs), torch.cat(chosen)
 
     def _dense(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> tuple[Tensor, dict]:
         out = attention(q, k, v, context.packing, scale=self.scale, impl=DENSE_IMPL[self.impl])

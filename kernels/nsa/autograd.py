@@ -7,6 +7,8 @@ or computes the outputs again, slice by slice. Everything else it reads is of th
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def token_slices(tokens: int, bytes_per_token: int) -> list[tuple[int, int]]:
     return [(first, min(first + step, tokens)) for first in range(0, max(tokens, 1), step)]
 
 
-def _rows(packing: Packing, at: slice) -> Packing:
+def rows(packing: Packing, at: slice) -> Packing:
     """The packing of some of the queries, among all of the row's keys."""
     return Packing(packing.cu_seqlens, packing.doc[at], packing.position[at], packing.max_seqlen)
 
@@ -53,25 +55,49 @@ def forward(
     small, outputs = [], None
     for first, last in [(0, tokens)] if keep else token_slices(tokens, 3 * heads * d_v * q.element_size()):
         at = slice(first, last)
-        here = _rows(packing, at)
-        with named("compression, forward"):
-            o_cmp, lse_cmp = compressed_attention_fwd(q[at], k_cmp, v_cmp, here, geometry, scale=scale)
-        with named("scores and top-n, forward"):
-            indices = select_blocks(q[at], k_cmp, lse_cmp, here, geometry, scale=scale)
-        with named("selection, forward"):
-            o_slc, lse_slc = selected_attention_fwd(
-                q[at], k_slc, v_slc, indices, here, geometry, scale=scale, first_token=first
-            )
-        with named("window, forward"):
-            o_win, lse_win = torch.empty_like(o_cmp) if keep else None, torch.empty_like(lse_cmp)
-            window_attention_combine(
-                q[at], k_win, v_win, packing, geometry.window_size, o_cmp, o_slc, gates[at], out[at], o_win, lse_win,
-                scale=scale, first_token=first,
-            )
-        small.append((indices, lse_cmp, lse_slc, lse_win))
-        outputs = (o_cmp, o_slc, o_win) if keep else None
+        found = attend(
+            q[at], k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates[at], out[at], rows(packing, at), packing, geometry,
+            scale=scale, keep=keep, first_token=first, first_of_window=first,
+        )
+        small.append((found.indices, *found.lse))
+        outputs = found.outputs
     indices, *lse = small[0] if len(small) == 1 else (torch.cat(parts) for parts in zip(*small))
     return out, indices, tuple(lse), outputs
+
+
+class Attended(NamedTuple):
+    """indices int32 [n, Hkv, topk]; the branches' lse fp32 [n, H], and their outputs [n, H, Dv] if they are kept."""
+
+    indices: Tensor
+    lse: Triple
+    outputs: Triple | None
+
+
+def attend(
+    q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
+    out: Tensor, queries: Packing, windows: Packing, geometry: Geometry, *, scale: float, keep: bool, first_token: int,
+    first_of_window: int,
+) -> Attended:
+    """Writes out [n, H, Dv] of some of a row's queries, q [n, H, Dqk] and gates [n, H, 3].
+
+    queries: where they are among the row's documents. first_token: the place of the first of them in k_slc and v_slc,
+    first_of_window: in k_win and v_win, of whose tokens `windows` tells the positions.
+    """
+    with named("compression, forward"):
+        o_cmp, lse_cmp = compressed_attention_fwd(q, k_cmp, v_cmp, queries, geometry, scale=scale)
+    with named("scores and top-n, forward"):
+        indices = select_blocks(q, k_cmp, lse_cmp, queries, geometry, scale=scale)
+    with named("selection, forward"):
+        o_slc, lse_slc = selected_attention_fwd(
+            q, k_slc, v_slc, indices, queries, geometry, scale=scale, first_token=first_token
+        )
+    with named("window, forward"):
+        o_win, lse_win = torch.empty_like(o_cmp) if keep else None, torch.empty_like(lse_cmp)
+        window_attention_combine(
+            q, k_win, v_win, windows, geometry.window_size, o_cmp, o_slc, gates, out, o_win, lse_win,
+            scale=scale, first_token=first_of_window,
+        )
+    return Attended(indices, (lse_cmp, lse_slc, lse_win), (o_cmp, o_slc, o_win) if keep else None)
 
 
 def _gates_backward(
@@ -89,7 +115,7 @@ def _gates_backward(
         at = slice(first, last)
         part = outputs
         if part is None:
-            here = _rows(packing, at)
+            here = rows(packing, at)
             o_cmp, _ = compressed_attention_fwd(q[at], k_cmp, v_cmp, here, geometry, scale=scale)
             o_slc, _ = selected_attention_fwd(
                 q[at], k_slc, v_slc, indices[at], here, geometry, scale=scale, first_token=first

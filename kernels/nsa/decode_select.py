@@ -66,9 +66,9 @@ def select(
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     BLOCK: tl.constexpr, TOPK: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, KEPT: tl.constexpr,
     COUNT: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr, SLC: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
+    GIVEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv, SLC). rank, block: see weigh_and_merge. index int32 [B * Hkv, TOPK]."""
+    """Grid (B * Hkv, SLC). rank, block: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice, written or GIVEN."""
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch, kv_head = pair_of(pair, HEADS_KV)
@@ -77,11 +77,14 @@ def select(
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
     current = at // BLOCK
     candidates = pair.to(tl.int64) * COUNT
-    picked = _pick(
-        rank_ptr + candidates, block_ptr + candidates, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS
-    )
     order = tl.arange(0, WIDTH)
-    tl.store(index_ptr + pair * TOPK + order, picked, mask=(order < TOPK) & (part == 0))
+    if GIVEN:
+        picked = tl.load(index_ptr + pair * TOPK + order, mask=order < TOPK, other=-1)
+    else:
+        picked = _pick(
+            rank_ptr + candidates, block_ptr + candidates, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS
+        )
+        tl.store(index_ptr + pair * TOPK + order, picked, mask=(order < TOPK) & (part == 0))
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
     begin, end = part_range(tl.minimum(current + 1, TOPK) * BLOCK, part, SLC, KEYS)

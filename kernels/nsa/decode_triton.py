@@ -23,6 +23,7 @@ from torch import Tensor
 from sieve.kernels.common.dims import split_dim
 from sieve.kernels.common.launch import overlap_options, overlaps, unit_stride
 from sieve.kernels.common.split_keys import heads_together, parts_of
+from sieve.kernels.nsa.decode_choice import choose
 from sieve.kernels.nsa.decode_compress import compress_and_window
 from sieve.kernels.nsa.decode_select import finish, select
 from sieve.kernels.nsa.decode_tiles import WEIGH_REGISTERS, DecodeTiles, heads_weighed, share_of, weigh_warps
@@ -42,15 +43,18 @@ class Launches(NamedTuple):
 
 def nsa_decode(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    query: Tensor, window_key: Tensor, longest: int, geometry: Geometry, *, scale: float, tiles: DecodeTiles | None = None,
+    query: Tensor, window_key: Tensor, longest: int, geometry: Geometry, *, scale: float, exact: bool = False,
+    tiles: DecodeTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See sieve.kernels.nsa.decode, n = 1: out [B, 1, H, Dv] and the selected blocks int32 [B, 1, Hkv, topk].
 
-    window_key and longest play no part: sequences' own lengths and the caches' shapes do. Scratch memory: fp32 [B, H, C]
-    and smaller. scale must be positive.
+    window_key and, unless `exact`, longest play no part: sequences' own lengths and the caches' shapes do. Scratch memory: fp32
+    [B, H, C] and smaller. scale must be positive.
     Raises ValueError on more than one token a sequence, and for head dimensions without a kernel.
     """
-    found = launches(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, query, geometry, scale=scale, tiles=tiles)
+    chosen = choose(q, k_cmp, v_cmp, query, longest, geometry, scale=scale) if exact else None
+    args = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, query, geometry)
+    found = launches(*args, scale=scale, given=chosen, tiles=tiles)
     for call in found.calls.values():
         call()
     return found.out, found.index
@@ -58,9 +62,10 @@ def nsa_decode(
 
 def launches(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    query: Tensor, geometry: Geometry, *, scale: float, tiles: DecodeTiles | None = None,
+    query: Tensor, geometry: Geometry, *, scale: float, given: Tensor | None = None, tiles: DecodeTiles | None = None,
 ) -> Launches:
-    """What nsa_decode launches, one by one, for who wants to time them."""
+    """What nsa_decode launches, one by one, for who wants to time them. given: the choice, int32 [B, 1, Hkv, topk], if it is
+    made already."""
     (B, n, H, Dqk), (_, Hkv, S, Dv) = q.shape, v_slc.shape
     if n != 1:
         raise ValueError(f"q {list(q.shape)} has {n} tokens a sequence; the decode kernels take one")
@@ -92,7 +97,8 @@ def launches(
     o_first, stat_first = scratch(B * H, parts + 1, Dv), scratch(B * H, parts + 1, 2)
     o_slc, stat_slc = scratch(B * H, slc, Dv), scratch(B * H, slc, 2)
     rank, block = (scratch(pairs, shares, kept, dtype=torch.int32) for _ in range(2))
-    index, out = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32), q.new_empty(B, 1, H, Dv)
+    index = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32) if given is None else given.contiguous()
+    out = q.new_empty(B, 1, H, Dv)
     factor = scale / math.log(2)
     overlap = overlaps(pairs * parts, q.device) if tiles.overlap is None else tiles.overlap
     every = {"OVERLAP": overlap, **overlap_options(overlap)}
@@ -122,7 +128,7 @@ def launches(
         select[(pairs, slc)](
             q, k_slc, v_slc, query, rank, block, index, o_slc, stat_slc, *k_slc.stride()[:3], *v_slc.stride()[:3], factor,
             WIDTH=width, SHARE=share, KEPT=kept, COUNT=shares * kept, MINE=mine, THEIRS=min(candidates, COMPARED // mine),
-            SLC=slc, ROWS=chosen.rows, KEYS=chosen.keys, **shape, **dims, **every, **chosen.options,
+            SLC=slc, GIVEN=given is not None, ROWS=chosen.rows, KEYS=chosen.keys, **shape, **dims, **every, **chosen.options,
         )  # fmt: skip
 
     def merge() -> None:

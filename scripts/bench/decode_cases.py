@@ -73,8 +73,9 @@ def entry_bytes(shape: Shape, itemsize: int = 2) -> int:
     return shape.kv_heads * (shape.d_qk + shape.d_v) * itemsize
 
 
-def ours(case: DecodeCase, tiles: DecodeTiles | None = None) -> tuple[Call, dict[str, Call]]:
-    """The operator, and its launches one by one, which go on from what the ones before left: all have run once."""
+def ours(case: DecodeCase, tiles: DecodeTiles | None = None, *, exact: bool = False) -> tuple[Call, dict[str, Call]]:
+    """The operator, and its launches one by one, which go on from what the ones before left: all have run once. exact: see
+    nsa_decode; the launches are those without."""
     from sieve.kernels.nsa.decode_triton import launches, nsa_decode
 
     args = (case.q, *case.kv, case.gates, case.query)
@@ -83,7 +84,8 @@ def ours(case: DecodeCase, tiles: DecodeTiles | None = None) -> tuple[Call, dict
         call()
 
     def whole() -> Tensor:
-        return nsa_decode(*args, case.window_key, case.longest, case.geometry, scale=case.scale, tiles=tiles)[0]
+        options = {"scale": case.scale, "exact": exact, "tiles": tiles}
+        return nsa_decode(*args, case.window_key, case.longest, case.geometry, **options)[0]
 
     return whole, found.calls
 

@@ -59,6 +59,7 @@ def time_layer(
         made["nsa"].append(whole)
         for name, call in parts.items():
             made.setdefault(f"nsa: {name}", []).append(call)
+        made.setdefault("nsa: all, exact choice", []).append(ours(case, exact=True)[0])
     errors: dict[str, str] = {}
     for name in rivals:
         try:

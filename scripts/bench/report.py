@@ -27,7 +27,7 @@ def _git(*arguments: str) -> str:
         return ""
 
 
-def origin(argv: list[str]) -> dict[str, object]:
+def origin(argv: list[str], program: str = "sieve bench") -> dict[str, object]:
     """Command, commit, versions and hardware of this run."""
     versions = {}
     for package in PACKAGES:
@@ -36,7 +36,7 @@ def origin(argv: list[str]) -> dict[str, object]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return {
-        "command": "sieve bench " + " ".join(argv),
+        "command": " ".join([program, *argv]),
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _git("rev-parse", "HEAD"),
         "changed": bool(_git("status", "--porcelain")),

@@ -57,6 +57,34 @@ def test_triton_decoding_equals_the_whole_forward(decoder, pack, monkeypatch):
     assert calls.count(1) == 16 and calls.count(2) == 32
 
 
+@pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1", reason="for the interpreter on a CPU; a GPU's own tests are below"
+)
+@pytest.mark.parametrize("share_kv", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_triton_chunks_equal_the_whole_forward(model, attention, build, pack, share_kv):
+    """Several tokens at a time, of some sequences none: training's kernels over the cache, and their choices to the bit."""
+    pytest.importorskip("triton")
+    from sieve.scripts.check_selection import watched
+
+    sizes = model(num_layers=1, moe=None, num_heads=2, num_kv_heads=1, head_dim_qk=16, head_dim_v=16, init_std=0.3)
+    made = build(sizes, attention(impl="triton", share_kv=share_kv, topk=3, local_blocks=1)).requires_grad_(False)
+    tokens, want, chosen = texts(60, 35), [], []
+    for t in tokens:
+        with watched(made) as found:
+            want.append(made.logits(t[None], pack([len(t)]))[0])
+        chosen += found
+    cache, done = made.new_cache(2, 60), [0, 0]
+    for counts in ([9, 3], [4, 0], [30, 15], [17, 17]):
+        new = torch.cat([t[n : n + count] for t, n, count in zip(tokens, done, counts)])
+        with watched(made) as found:
+            logits = made.extend(new, counts, cache, every=True)
+        for whole, choice, n, got, indices in zip(want, chosen, done, logits.split(counts), found[0].split(counts)):
+            torch.testing.assert_close(got, whole[n : n + len(got)], rtol=1e-4, atol=2e-5)
+            assert torch.equal(indices, choice[n : n + len(got)])
+        done = [n + count for n, count in zip(done, counts)]
+    assert (chosen[0][40] != chosen[0][59]).any()
+
+
 def test_a_bounded_step_equals_a_plain_one(decoder):
     """With the capacity in place of the longest length, as a graph is captured; the host's count is the caller's."""
     made, tokens = decoder(), texts(50, 21)
@@ -96,7 +124,8 @@ def test_steps_on_a_gpu_equal_the_whole_forward(decoder, changes, monkeypatch):
     ends = [torch.tensor([0, len(t)], dtype=torch.int32, device="cuda") for t in tokens]
     want = [made.logits(t[None], Packing.of(end, len(t), len(t)))[0] for t, end in zip(tokens, ends)]
     cache = made.new_cache(4, 110)
-    made.extend(torch.cat([t[:-20] for t in tokens]), [len(t) - 20 for t in tokens], cache)
+    made.extend(torch.cat([t[:7] for t in tokens]), [7] * 4, cache)
+    made.extend(torch.cat([t[7:-20] for t in tokens]), [len(t) - 27 for t in tokens], cache)
     step = Step(made, cache)
     for back in range(20, 0, -1):
         calls.clear()
@@ -120,12 +149,12 @@ def test_why_there_is_no_graph_on_a_gpu(decoder, moe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["nsa", "full", "window", "shared", "mixed"])
+@pytest.mark.parametrize("kind", ["nsa", "exact", "full", "window", "shared", "mixed"])
 def test_replayed_steps_equal_launched_ones(decoder, kind):
     """Past the ends of blocks and of the window; greedy texts of several lengths that end at different steps, too."""
-    changes = {"shared": {"share_kv": True}, "mixed": {"layers": ("full", "nsa")}}.get(kind, {"type": kind})
+    changes = {"exact": {}, "shared": {"share_kv": True}, "mixed": {"layers": ("full", "nsa")}}.get(kind, {"type": kind})
     made, tokens = decoder("cuda", **changes), [t.cuda() for t in texts(50, 9)]
-    caches = [made.new_cache(2, 120) for _ in range(2)]
+    caches = [made.new_cache(2, 120, exact=kind == "exact") for _ in range(2)]
     for cache in caches:
         made.extend(torch.cat(tokens), [50, 9], cache)
     steps = [Step(made, cache, graph=graph) for cache, graph in zip(caches, (False, True))]
@@ -138,5 +167,6 @@ def test_replayed_steps_equal_launched_ones(decoder, kind):
         for _ in range(20):  # 50 + 60 + 10 fill it
             steps[1](token.repeat(2))
     prompts, sampling = [t.tolist() for t in texts(40, 7, 90)], Sampling(max_tokens=80)
-    plain, graph = (complete(made, prompts, sampling, stop_ids=[3, 11, 40], graph=graph) for graph in (False, True))
+    options = {"stop_ids": [3, 11, 40], "exact": kind == "exact"}
+    plain, graph = (complete(made, prompts, sampling, graph=graph, **options) for graph in (False, True))
     assert plain == graph

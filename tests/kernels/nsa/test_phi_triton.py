@@ -39,7 +39,7 @@ def draw(lengths, l, d, dk, dv, *, kind="mlp", hidden=None, heads=2, norm=True, 
 
     case = SimpleNamespace(geometry=geometry(l, d), dtype=dtype)
     case.past = torch.tensor(lengths, dtype=torch.int32, device=device)
-    case.chunk = Chunk.of(case.past, [1] * B, case.geometry, max(lengths) + 1, fresh=False)
+    case.chunk = Chunk.of(case.past, case.past.tolist(), [1] * B, case.geometry, max(lengths) + 1, fresh=False)
     case.complete = [n + 1 >= l and (n + 1 - l) % d == 0 for n in lengths]
     case.number = [(n + 1 - l) // d for n in lengths]
     lost = ~torch.tensor(case.complete, device=device).repeat_interleave(l)[:, None, None]
