@@ -1,7 +1,8 @@
 """`sieve bench decode`: one new token over a cache, NSA beside full attention, on one GPU, in one process.
 
 Checks every shape against float64 first and times nothing that is wrong. A layer's step is timed from a CUDA graph of
-several caches in turn, so that none is still in the L2 cache from the step before, and launched anew; then whole models.
+several caches in turn, so that none is still in the L2 cache from the step before, and launched anew; then whole models,
+prompts at once and by chunks, and steps.
 Times are medians of interleaved rounds; a floor is the bytes of the keys and values read at the rate of a copy in this run.
 """
 
@@ -93,7 +94,7 @@ def _checked(shapes, geometry, options: argparse.Namespace, run: dict) -> list:
 def _models(options: argparse.Namespace, run: dict, save) -> None:
     import torch
 
-    from sieve.scripts.bench.decode_model import build, measure
+    from sieve.scripts.bench.decode_model import build, measure, prefill
     from sieve.scripts.bench.timing import reason
 
     device, dtype = ("cpu", torch.float32) if options.cpu else ("cuda", torch.bfloat16)
@@ -101,6 +102,10 @@ def _models(options: argparse.Namespace, run: dict, save) -> None:
         for attention in ("nsa", "full"):
             decoder = build(name, attention, device, dtype)
             for tokens in options.lengths:
+                rates = prefill(decoder, tokens)
+                run["prefill"].append({"model": name, "attention": attention, "tokens": tokens, "tokens_per_second": rates})
+                said = ", ".join(f"{how} {rate:.0f}" for how, rate in rates.items())
+                print(f"{name} {attention} prompt of {tokens} tokens: {said} tokens/s", flush=True)
                 for batch in options.batches:
                     case = {"model": name, "attention": attention, "tokens": tokens, "batch": batch}
                     try:
@@ -133,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
 
     geometry = _geometry(options.cpu)
     shapes = [Shape.parse(text) for text in options.shapes.split(",")]
-    run = origin(["decode", *argv]) | {"geometry": vars(geometry), "checks": {}, "layers": [], "models": []}
+    run = origin(["decode", *argv]) | {"geometry": vars(geometry), "checks": {}, "layers": [], "models": [], "prefill": []}
 
     def save() -> None:
         write_json(options.out / "decode.json", run)

@@ -14,6 +14,7 @@ from sieve.train.overrides import load_config
 
 VOCABULARY = 32_000
 WARM = PLAIN_STEPS + 2
+CHUNK = 4096  # tokens of a prompt
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,26 @@ def measure(decoder: Decoder, tokens: int, batch: int, steps: int) -> Decoding:
         _wait(device)
         found[name] = batch * steps / (time.perf_counter() - start)
     return Decoding(found, cache.bytes(), formula_bytes(decoder, batch, cache.capacity), no_graph)
+
+
+@torch.no_grad()
+def prefill(decoder: Decoder, tokens: int) -> dict[str, float]:
+    """Tokens a second of taking in `tokens` random ones of one sequence, at once and CHUNK at a time; the second time of each,
+    since the first one compiles."""
+    device, found = decoder.embed.weight.device, {}
+    prompt = torch.randint(0, VOCABULARY, (tokens,), generator=torch.Generator(device).manual_seed(0), device=device)
+    cache = None
+    for name, size in {"at once": tokens, f"{CHUNK} at a time": min(CHUNK, tokens)}.items():
+        for _ in range(2):
+            del cache
+            cache = decoder.new_cache(1, tokens)
+            _wait(device)
+            start = time.perf_counter()
+            for part in prompt.split(size):
+                decoder.extend(part, [len(part)], cache)
+            _wait(device)
+            found[name] = tokens / (time.perf_counter() - start)
+    return found
 
 
 def _wait(device: torch.device) -> None:

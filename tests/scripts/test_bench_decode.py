@@ -30,7 +30,10 @@ def test_cpu_run_leaves_tables_and_json(tmp_path, capsys):
     for row in run["models"]:
         assert row["tokens_per_second"]["launches"] > 0 and row["no_graph"] == "the model is on cpu"
         assert 1 <= row["cache_bytes"] / row["formula_bytes"] < 1.1
-    assert "whole model" in capsys.readouterr().out
+    for row in run["prefill"]:
+        assert list(row["tokens_per_second"]) == ["at once", "4096 at a time"] and min(row["tokens_per_second"].values()) > 0
+    said = capsys.readouterr().out
+    assert "whole model" in said and "tiny nsa prompt of 300 tokens: at once " in said
 
 
 def test_a_wrong_result_is_not_timed(tmp_path, capsys, monkeypatch):

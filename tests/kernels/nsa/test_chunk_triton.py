@@ -62,8 +62,9 @@ def test_windows_of_another_length(device, op):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("shape", [(64, 4, 128, 128), (16, 4, 128, 128), (12, 3, 64, 64)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("shape, dtype", [
+    ((64, 4, 128, 128), torch.bfloat16), ((16, 4, 128, 128), torch.float16), ((12, 3, 64, 64), torch.float32),
+], ids=str)  # fmt: skip
 def test_choices_at_real_sizes_are_equal_to_the_bit(shape, dtype, op, dense):
     geometry = Geometry(32, 16, 64, 16, 1, 2, 512)
     inputs, packing = op.draw(8200, *shape, geometry, "cuda", dtype), dense.pack([8200], "cuda")

@@ -82,8 +82,9 @@ def test_the_kernels_read_what_was_chosen(device, op, dense, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("heads, groups, dim", [(64, 4, 128), (16, 4, 128), (12, 3, 64), (5, 1, 80)])
+@pytest.mark.parametrize("heads, groups, dim, dtype", [
+    (64, 4, 128, torch.bfloat16), (16, 4, 128, torch.float16), (12, 3, 64, torch.float32), (5, 1, 80, torch.bfloat16),
+], ids=str)  # fmt: skip
 def test_real_sizes(heads, groups, dim, dtype, op, dense):
     lengths = [8192, 8001, 5000, 1024]
     case = texts(lengths, PAPER, heads, groups, dim, "cuda", dtype, op, dense)
