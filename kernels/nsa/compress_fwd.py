@@ -110,6 +110,13 @@ def _forward(
         tl.store(o_at + E0 + tl.arange(0, E1)[None, :], (acc1 * scale).to(o_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
+def tokens_together(q: Tensor, kv_heads: int, d_v: int, geometry: Geometry) -> int:
+    """How many of the queries q [T, H, Dqk] a tile holds. A tile of at most kernel_size tokens looks at the slots of the first
+    of its documents alone, since in a row the first tokens of the others see none."""
+    group, d_qk = q.shape[1] // kv_heads, q.shape[2]
+    return 128 // group if serves(q, kv_heads, d_v, geometry) else forward_tile(group, d_qk, d_v, q.dtype).rows // group
+
+
 def compressed_attention_fwd(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, packing: Packing, geometry: Geometry, *, scale: float,
     tile: Tile | None = None,

@@ -14,6 +14,7 @@ from sieve.kernels.nsa.geometry import Geometry  # noqa: E402
 from sieve.kernels.nsa.scores_topk import select_blocks  # noqa: E402
 
 TOY = Geometry(8, 4, 16, topk=4, init_blocks=1, local_blocks=2, window_size=12)
+LONG = Geometry(32, 16, 32, topk=3, init_blocks=1, local_blocks=1, window_size=12)  # blocks longer than tiles of queries
 PAPER = Geometry(32, 16, 64, 16, 1, 2, 512)
 
 
@@ -42,17 +43,19 @@ def step(case, at, geometry):
     return choose(q, case.k_cmp, case.v_cmp, query, max(at) + 1, geometry, scale=case.scale)
 
 
-@pytest.mark.parametrize("heads, groups", [
-    (4, 2), pytest.param(16, 1, marks=pytest.mark.slow), pytest.param(3, 3, marks=pytest.mark.slow),
+@pytest.mark.parametrize("heads, groups, geometry", [
+    (5, 1, LONG), *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(4, 2, TOY), (3, 3, TOY), (16, 1, LONG)])
 ])  # fmt: skip
-def test_mixed_lengths(heads, groups, device, op, dense):
-    lengths = [8, 90]
-    case = texts(lengths, TOY, heads, groups, 16, device, torch.float32, op, dense)
-    got = step(case, [n - 1 for n in lengths], TOY)
+def test_mixed_lengths(heads, groups, geometry, device, op, dense):
+    """Also where a tile holds no whole number of queries' heads, so that some would share a tile."""
+    lengths = [8, 170, 150] if geometry is LONG else [8, 90]
+    case = texts(lengths, geometry, heads, groups, 16, device, torch.float32, op, dense)
+    got = step(case, [n - 1 for n in lengths], geometry)
     for row, chosen in zip(got, case.chosen):
         assert torch.equal(row[0], chosen[-1])
-    earlier = step(case, [0, 70], TOY)
-    assert torch.equal(earlier[1, 0], case.chosen[1][70]) and not torch.equal(earlier[1], got[1])
+    at = [0, *(n - 40 for n in lengths[1:])]
+    earlier = step(case, at, geometry)
+    assert torch.equal(earlier[1, 0], case.chosen[1][at[1]]) and not torch.equal(earlier[1], got[1])
 
 
 def test_the_kernels_read_what_was_chosen(device, op, dense, monkeypatch):
