@@ -27,11 +27,12 @@ TRAINING_THREADS = 2  # fixed, for the model file records it and its hash must n
 class Encoder(Protocol):
     """Strings to ids and back.
 
-    kind: how `model`, a serialized tokenizer, is read. bos_id, eos_id; pad_id is -1 if there is none. hash: hex, equal
-    for tokenizers that give equal ids.
+    kind: how `model`, a serialized tokenizer, is read. FILE: what a file of it is called. bos_id, eos_id; pad_id is -1 if there
+    is none. hash: hex, equal for tokenizers that give equal ids.
     """
 
     kind: str
+    FILE: str
     model: bytes
     vocab_size: int
     bos_id: int

@@ -122,7 +122,7 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     return Training(run, engine, loader, Callbacks([
         listeners,
         Evaluate(config.eval, evaluation(config, place, corpus, engine, stop), listeners),
-        Checkpoint(config.checkpoint, Saver(config.checkpoint, engine, place), listeners),
+        Checkpoint(config.checkpoint, Saver(config.checkpoint, engine, place, tokenizer=corpus.tokenizer), listeners),
     ]))
 
 

@@ -2,9 +2,9 @@
 
 A run keeps them in `checkpoints/step-00000200/`: `rank-00000.safetensors` with each rank's share of weights and optimizer
 state (sieve.train.shards), `rank-00000.pt` with its random generators and the experts' load since the last record,
-`manifest.json` with everything else that is the same on all ranks, and `COMPLETE`, the sha256 of all of those, as
-`sha256sum -c COMPLETE` checks them. sieve.train.saver writes them under another name and moves them into place; what
-begins with `.tmp-` is unfinished or on its way out.
+`manifest.json` with everything else that is the same on all ranks, the run's tokenizer (`tokenizer.model`, or `.json`), and
+`COMPLETE`, the sha256 of all of those, as `sha256sum -c COMPLETE` checks them. sieve.train.saver writes them under another
+name and moves them into place; what begins with `.tmp-` is unfinished or on its way out.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import torch
 
+from sieve.data.tokenizer import Encoder
+from sieve.data.tokenizer_export import saved as saved_tokenizer
 from sieve.train.config import RunConfig
 from sieve.train.distributed import Place, from_rank_0, gather
 from sieve.train.engine import Engine
@@ -71,6 +73,11 @@ class Saved:
     def phase(self) -> int:
         """The index of the last step's phase."""
         return self.manifest["data"]["phase"]
+
+    def tokenizer(self) -> Encoder | None:
+        """The run's; None where a checkpoint of an earlier version has none. ValueError when it is damaged."""
+        about = self.manifest.get("tokenizer")
+        return None if about is None else saved_tokenizer(self.path, about)
 
     @classmethod
     def read(cls, path: Path) -> Saved:

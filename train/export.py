@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from sieve.data import tokenizer_export
-from sieve.data.mixture import build_corpus
 from sieve.data.tokenizer import Encoder
 from sieve.train import checkpoint
 from sieve.train.checkpoint import Saved
 from sieve.train.config import RunConfig
+from sieve.train.load import tokenizer_of
 from sieve.train.tensorfile import sync_folder, write_bytes, write_tensors
 from sieve.train.text import byte_size
 from sieve.train.weights import SOURCE, SavedWeights
@@ -81,15 +81,6 @@ def plan(weights: SavedWeights, shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def tokenizer_of(saved: Saved) -> Encoder:
-    """The tokenizer of the run, from where its data come from. ValueError when it cannot be had any more."""
-    config = RunConfig.of(saved.manifest["config"])
-    try:
-        return build_corpus(config.data, config.tokenizer).tokenizer
-    except (ValueError, OSError) as error:
-        raise ValueError(f"the run's tokenizer cannot be had: {error}; --no-tokenizer leaves it out") from error
-
-
 def config_of(weights: SavedWeights, tokenizer: Encoder | None = None) -> dict[str, Any]:
     """config.json: what sieve.model.config.ModelConfig and AttentionConfig take, and what transformers looks for."""
     run = weights.config
@@ -135,6 +126,13 @@ def _bytes(text: str) -> int:
     return int(float(found[1]) * _UNITS[found[2]])
 
 
+def _tokenizer(saved: Saved) -> Encoder:
+    try:
+        return tokenizer_of(saved, RunConfig.of(saved.manifest["config"]))
+    except (ValueError, OSError) as error:
+        raise ValueError(f"the run's tokenizer cannot be had: {error}; --no-tokenizer leaves it out") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; 2 after a message for a user's mistake."""
     parser = argparse.ArgumentParser(prog="sieve export", description=__doc__)
@@ -147,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         saved = newest(options.checkpoint)
         dtype = None if options.dtype is None else _DTYPES[options.dtype]
-        tokenizer = None if options.no_tokenizer else tokenizer_of(saved)
+        tokenizer = None if options.no_tokenizer else _tokenizer(saved)
         total = export(saved, options.out, dtype, options.shard_size, tokenizer)
     except (ValueError, OSError) as error:
         print(f"sieve export: {error}", file=sys.stderr)

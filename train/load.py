@@ -2,27 +2,45 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from sieve.data.mixture import Corpus, build_corpus
+from sieve.data.mixture import build_corpus
+from sieve.data.tokenizer import Encoder
+from sieve.data.tokens import Tokens
 from sieve.eval.load import Loaded, Text, load_folder
 from sieve.train import checkpoint
 from sieve.train.build import build_model
 from sieve.train.config import RunConfig
 from sieve.train.phases import ropes
-from sieve.train.weights import module_weights
+from sieve.train.weights import SOURCE, module_weights
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to use. config, corpus: of the run it is from, None for an exported folder."""
+    """A model to use. config, tokenizer: of the run it is from, None for an exported folder, which has its text in `loaded`."""
 
     loaded: Loaded
     config: RunConfig | None
-    corpus: Corpus | None
+    tokenizer: Encoder | None
+
+    def validation(self) -> dict[str, Tokens]:
+        """The run's validation text by source, none for an exported folder. ValueError when it cannot be had any more, or has
+        become another one since, which the run's tokenizer tells where it was trained on the text."""
+        if self.config is None:
+            return {}
+        corpus = build_corpus(self.config.data, self.config.tokenizer)
+        if corpus.tokenizer.hash != self.tokenizer.hash:
+            raise ValueError(
+                f"the text of {self.config.name} has changed since: its tokenizer is {corpus.tokenizer.hash} now and was "
+                f"{self.tokenizer.hash}; name the text to measure by loss.source"
+            )
+        return corpus.validation
 
 
 def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtype) -> Opened:
@@ -39,16 +57,29 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     if config.model.moe is not None:
         moe = config.model.moe.model_copy(update={"impl": "auto"})
         config = config.model_copy(update={"model": config.model.model_copy(update={"moe": moe})})
-    corpus = build_corpus(config.data, config.tokenizer)
+    tokenizer = tokenizer_of(saved, config)
     with torch.device("meta"):
-        decoder = build_model(config, torch.device("meta"), corpus.tokenizer.vocab_size)
+        decoder = build_model(config, torch.device("meta"), tokenizer.vocab_size)
     decoder = decoder.to_empty(device="cpu")
     decoder.load_state_dict(module_weights(saved))
     decoder.set_rope(ropes(config.model.rope, config.phases)[saved.phase])
     decoder = decoder.to(device, dtype).eval().requires_grad_(False)
     name = f"{config.name} step {saved.step}"
-    loaded = Loaded(name, decoder, Text.of(corpus.tokenizer), config.phases[saved.phase].seq_len)
-    return Opened(loaded, config, corpus)
+    loaded = Loaded(name, decoder, Text.of(tokenizer), config.phases[saved.phase].seq_len)
+    return Opened(loaded, config, tokenizer)
+
+
+def tokenizer_of(saved: checkpoint.Saved, config: RunConfig) -> Encoder:
+    """The checkpoint's tokenizer; of one of an earlier version, which has none, that of the text its run names. ValueError when
+    that cannot be had, or is another one by its size."""
+    tokenizer = saved.tokenizer()
+    if tokenizer is None:
+        log.warning("%s has no tokenizer; taking that of the text which its run names, if it is still the same", saved.path)
+        tokenizer = build_corpus(config.data, config.tokenizer).tokenizer
+    rows = saved.manifest["parameters"][SOURCE][0]
+    if tokenizer.vocab_size != rows:
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces and {saved.path} embeds {rows}; it is another one's")
+    return tokenizer
 
 
 def _saved(folder: Path) -> checkpoint.Saved:

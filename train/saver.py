@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sieve.data.tokenizer_export import described
 from sieve.train.checkpoint import COMPLETE, FOLDER, FORMAT, MANIFEST, TEMPORARY, checkpoints, discard, name_of
 from sieve.train.distributed import Place, gather, sum_over_ranks
 from sieve.train.engine import Engine
@@ -36,6 +37,7 @@ from sieve.train.tensorfile import sync_folder, write_bytes
 from sieve.train.text import byte_size
 
 if TYPE_CHECKING:
+    from sieve.data.tokenizer import Encoder
     from sieve.train.callbacks.checkpoint import CheckpointConfig
 
 log = logging.getLogger(__name__)
@@ -62,9 +64,13 @@ class Saver:
     pending: whether a save has begun and its outcome is not known yet.
     """
 
-    def __init__(self, config: CheckpointConfig, engine: Engine, place: Place, copier: Copier | None = None) -> None:
-        """copier: another than the device's own, for tests."""
-        self.config, self.engine, self.place = config, engine, place
+    def __init__(
+        self, config: CheckpointConfig, engine: Engine, place: Place, copier: Copier | None = None, *,
+        tokenizer: Encoder | None = None,
+    ) -> None:
+        """tokenizer: the run's, of which every checkpoint gets a copy, so that it is of use without the text it is from.
+        copier: another than the device's own, for tests."""
+        self.config, self.engine, self.place, self._tokenizer = config, engine, place, tokenizer
         self.copy = HostCopy(copier or copier_for(place.device))
         engine.before_update = self.copy.fence
         self.pending = False
@@ -110,6 +116,7 @@ class Saver:
             "zero_stage": run.config.zero.stage, "wandb_id": run.wandb_id, "guard": run.guard, "data": run.data,
             "parameters": {**shapes(self.engine.module), **{n: list(b.shape) for n, b in buffers.items()}},
             "buffers": sorted(buffers), "config": run.config.dump(),
+            "tokenizer": None if self._tokenizer is None else described(self._tokenizer),
         }
         self._manifest = (json.dumps(manifest, indent=1) + "\n").encode()
         self.pending, self._committing, self._stall = True, False, time.monotonic() - self._began
@@ -158,6 +165,9 @@ class Saver:
 
     def _commit(self, files: list[tuple[str, str]]) -> None:
         """In rank 0's thread: after this the checkpoint exists, whole; before, nothing of it does."""
+        if self._tokenizer is not None:
+            _, digest = write_bytes(self._partial / self._tokenizer.FILE, self._tokenizer.model)
+            files = [*files, (self._tokenizer.FILE, digest)]
         _, digest = write_bytes(self._partial / MANIFEST, self._manifest)
         listed = "".join(f"{sha256}  {name}\n" for name, sha256 in [*files, (MANIFEST, digest)])
         write_bytes(self._partial / COMPLETE, listed.encode())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,7 +82,7 @@ def test_the_tokenizer_stands_beside_the_weights(trained, tmp_path, capsys, monk
     out = tmp_path / "out"
     assert main([str(trained), str(out)]) == 0
     saved = Saved.read(trained / "checkpoints" / "step-00000002")
-    own = module.tokenizer_of(saved)
+    own = saved.tokenizer()
     loaded, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out)
     text = "def f(x):\n    return x  # déjà"
     assert loaded(text)["input_ids"] == [own.bos_id, *own.encode([text])[0].tolist()]
@@ -91,13 +92,13 @@ def test_the_tokenizer_stands_beside_the_weights(trained, tmp_path, capsys, monk
     assert generate([str(out), "--prompt", "def", "--max-tokens", "3", "--device", "cpu", "--no-stream"]) == 0
     assert capsys.readouterr().out.rstrip("\n").startswith("def")
 
-    def gone(*_):
-        raise ValueError("data.path=there is gone")
-
-    monkeypatch.setattr(module, "build_corpus", gone)
-    assert main([str(trained), str(tmp_path / "b")]) == 2
-    assert "tokenizer cannot be had: data.path=there is gone; --no-tokenizer" in capsys.readouterr().err
-    assert main([str(trained), str(tmp_path / "b"), "--no-tokenizer"]) == 0
+    damaged = tmp_path / "damaged"
+    shutil.copytree(saved.path, damaged)
+    (damaged / "tokenizer.model").unlink()
+    monkeypatch.setattr(module.checkpoint, "damage", lambda path: None)
+    assert main([str(damaged), str(tmp_path / "b")]) == 2
+    assert "tokenizer cannot be had: " in (said := capsys.readouterr().err) and "; --no-tokenizer leaves it out" in said
+    assert main([str(damaged), str(tmp_path / "b"), "--no-tokenizer"]) == 0
 
     class Other:
         vocab_size = 301

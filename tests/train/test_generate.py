@@ -33,7 +33,7 @@ def test_from_a_run_and_from_its_export(trained, tmp_path, capsys):
         assert torch.equal(mine, theirs) and mine.isfinite().all(), name
     exported = tmp_path / "exported"
     SieveForCausalLM.of(decoder).save_pretrained(exported)
-    (exported / "tokenizer.model").write_bytes(opened.corpus.tokenizer.model)
+    (exported / "tokenizer.model").write_bytes(opened.tokenizer.model)
     outputs = []
     for where in (["r", "--runs-dir", str(tmp_path)], [str(exported)], [str(exported), "--no-stream", "--prefill", "3"]):
         capsys.readouterr()
