@@ -93,7 +93,7 @@ def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: its weights cannot be read: {error}") from error
     kinds = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
-    wrong = [f"{len(info[key])} {kind} ({names(info[key])})" for key, kind in kinds.items() if info[key]]
+    wrong = [f"{len(info[key])} {kind} ({first_names(info[key])})" for key, kind in kinds.items() if info[key]]
     if wrong:
         raise ValueError(f"{path}: its weights are not those of its config.json: {', '.join(wrong)}; export or copy it again")
     if config.model_type == "sieve":
@@ -107,7 +107,7 @@ def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
     )
 
 
-def names(tensors: Collection[str | tuple]) -> str:
+def first_names(tensors: Collection[str | tuple]) -> str:
     """The first few of `tensors`, names or tuples (name, shape there, shape wanted), for a message."""
     told = [each if isinstance(each, str) else f"{each[0]} {list(each[1])}, not {list(each[2])}" for each in sorted(tensors)]
     return ", ".join(told[:4]) + ", ..." * (len(told) > 4)
