@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -21,7 +22,8 @@ def generate(
     A text ends after one of stop_ids or max_tokens; finished ones leave the batch. prefill: prompt tokens a sequence
     taken in at a time, which bounds memory (None: all). graph: replay steps from a CUDA graph, captured anew when texts
     end (None: where that can be; see sieve.model.step). exact: see sieve.model.cache.Cache. Raises ValueError for an empty
-    prompt, and for a graph that cannot be had.
+    prompt, for a graph that cannot be had, and where the cache, which has room for max_tokens from the start, does not fit
+    into free memory.
     """
     empty = [row for row, prompt in enumerate(prompts) if not prompt]
     if empty or not prompts:
@@ -39,6 +41,7 @@ def _generate(
     graph: bool | None, exact: bool,
 ) -> Iterator[dict[int, int]]:
     device = model.embed.weight.device
+    check_fits(model, len(prompts), max(map(len, prompts)), sampling.max_tokens)
     cache = model.new_cache(len(prompts), max(map(len, prompts)) + sampling.max_tokens, exact=exact)
     logits = None
     step = prefill or max(map(len, prompts))
@@ -65,6 +68,28 @@ def _generate(
             next_logits = Step(model, cache, graph=graph)
         new = torch.tensor([tokens[row] for row in rows], dtype=torch.int64, device=device)
         logits = next_logits(new)
+
+
+def check_fits(model: Decoder, texts: int, longest: int, max_tokens: int) -> None:
+    """ValueError where the cache of `texts` texts of up to longest + max_tokens tokens is more than the free memory."""
+    needed, free = model.cache_bytes(texts, longest + max_tokens), free_bytes(model.embed.weight.device)
+    if needed > free:
+        raise ValueError(
+            f"max_tokens={max_tokens} for {texts} texts with prompts of up to {longest} tokens needs a cache of "
+            f"{needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB of memory are free; lower max_tokens, or take fewer texts at once"
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that can be had on `device` now."""
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # torch's own, for its next tensors
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):  # sysconf's free pages leave out those that hold files and can be had all the same
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def complete(

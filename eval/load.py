@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from sieve.data.tokenizer import Encoder, Tokenizer
 from sieve.eval.perplexity import token_bytes
 from sieve.model.decoder import Decoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -58,33 +62,55 @@ def place_and_precision(device: Literal["auto", "cpu", "cuda"], dtype: Literal["
     return place, chosen or (torch.bfloat16 if place.type == "cuda" else torch.float32)
 
 
-def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
-    """An exported folder: config.json of model_type sieve, llama or qwen3, weights, and a tokenizer if there is one.
-
-    ValueError, with what is missing, when `path` is none.
-    """
+def folder_config(path: Path) -> PreTrainedConfig:
+    """transformers' config of a folder with a config.json of model_type sieve, llama or qwen3; ValueError for another."""
     try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        kind = json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no exported model: config.json: {error}") from error
-    kind = config.get("model_type")
     if kind not in ("sieve", "llama", "qwen3"):
         raise ValueError(f"{path} holds a model of type {kind}; sieve, llama and qwen3 can be read")
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig
 
     import sieve.model.hf  # noqa: F401  (registers the type)
 
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
-    if kind == "sieve":
+    return AutoConfig.from_pretrained(path)
+
+
+def load_folder(path: Path, device: torch.device, dtype: torch.dtype) -> Loaded:
+    """An exported folder: config.json of model_type sieve, llama or qwen3, weights, and a tokenizer if there is one.
+
+    ValueError, with what is missing, when `path` is none, and when its weights are not exactly those of its config.json.
+    """
+    config = folder_config(path)
+    from transformers import AutoModelForCausalLM
+
+    # transformers would draw what is missing and pass over the rest; a tied head is none of either.
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: its weights cannot be read: {error}") from error
+    kinds = {"missing_keys": "missing", "unexpected_keys": "unexpected", "mismatched_keys": "of another shape"}
+    wrong = [f"{len(info[key])} {kind} ({first_names(info[key])})" for key, kind in kinds.items() if info[key]]
+    if wrong:
+        raise ValueError(f"{path}: its weights are not those of its config.json: {', '.join(wrong)}; export or copy it again")
+    if config.model_type == "sieve":
         decoder = model.model
     else:
         from sieve.model.llama import from_llama
 
         decoder = from_llama(model)
     return Loaded(
-        path.name, decoder.to(device).eval().requires_grad_(False), load_tokenizer(path),
-        config.get("max_position_embeddings"),
+        path.name, decoder.to(device).eval().requires_grad_(False), load_tokenizer(path), config.max_position_embeddings
     )
+
+
+def first_names(tensors: Collection[str | tuple]) -> str:
+    """The first few of `tensors`, names or tuples (name, shape there, shape wanted), for a message."""
+    told = [each if isinstance(each, str) else f"{each[0]} {list(each[1])}, not {list(each[2])}" for each in sorted(tensors)]
+    return ", ".join(told[:4]) + ", ..." * (len(told) > 4)
 
 
 def load_tokenizer(path: Path) -> Text | None:

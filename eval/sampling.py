@@ -22,7 +22,8 @@ class Sampler:
             raise ValueError(f"the model's logits are {top.item()}: its weights are broken, or overflow in {logits.dtype}")
         if self.sampling.temperature == 0:
             return int((logits == top).nonzero()[0])  # argmax promises no order among equals
-        scaled = logits.double().cpu() / self.sampling.temperature
+        # The largest first to 0, so that no temperature, however small, takes it to infinity.
+        scaled = (logits.double() - top.double()).cpu() / self.sampling.temperature
         probability, token = torch.softmax(scaled, -1).sort(descending=True, stable=True)
         total = probability.cumsum(-1)
         kept = probability.masked_fill(total - probability >= self.sampling.top_p, 0.0)  # the first one always stays

@@ -191,6 +191,13 @@ class Decoder(nn.Module):
             self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype, exact=exact
         )
 
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """What `new_cache` would take, without taking it."""
+        weight = self.embed.weight
+        # More tokens than fit anywhere, whose bytes still fit an integer.
+        capacity = min(capacity, 2**40)
+        return Cache(self.config, self.attention_config, batch, capacity, device="meta", dtype=weight.dtype).bytes()
+
     def _hidden(
         self, tokens: Tensor, packing: Packing, collect: bool = False, padding: Tensor | None = None,
         faster: Run | None = None,

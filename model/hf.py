@@ -13,12 +13,16 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import logging
 
 from sieve.kernels.nsa.layout import Packing
 from sieve.model.cache import Cache
 from sieve.model.config import AttentionConfig, ModelConfig
 from sieve.model.decoder import Decoder
+from sieve.model.head import Head
 from sieve.model.init import initial_value
+
+log = logging.get_logger(__name__)  # transformers' own, for its warning_once
 
 
 class SieveConfig(PreTrainedConfig):
@@ -108,7 +112,8 @@ class SieveCache:
 
 
 class SieveForCausalLM(PreTrainedModel, GenerationMixin):
-    """`model` is the Decoder. Padding, at either side, is told by attention_mask and takes no part in anything."""
+    """`model` is the Decoder. Padding, at either side, is told by attention_mask and takes no part in anything; generate
+    takes it at the left alone, since new tokens come after the last column."""
 
     config_class = SieveConfig
     config: SieveConfig
@@ -146,6 +151,37 @@ class SieveForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module:
         return self.model.head
 
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.model.head = value
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """As transformers': the embedding and the head, tied or not, and what tells their size."""
+        found = super().resize_token_embeddings(*args, **kwargs)
+        self.model.vocab_size = self.config.vocab_size = found.num_embeddings
+        return found
+
+    def _get_resized_lm_head(self, old_lm_head: Head, new_num_tokens: int | None = None, **kwargs: Any) -> Head:
+        # transformers resizes an nn.Linear alone; a tied head has its new size already, through the embedding.
+        if new_num_tokens is None or len(old_lm_head.weight) == new_num_tokens:
+            return old_lm_head
+        linear = nn.Linear(old_lm_head.weight.shape[1], len(old_lm_head.weight), bias=False, device="meta")
+        linear.weight = old_lm_head.weight
+        old_lm_head.weight = super()._get_resized_lm_head(linear, new_num_tokens, **kwargs).weight
+        return old_lm_head
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """transformers', after a look at the padding: what follows a row's last column would follow no token."""
+        if attention_mask is not None and attention_mask.dim() == 2:
+            ends = (attention_mask[:, -1] == 0) & (attention_mask != 0).any(1)  # a chunk may be padding alone
+            if ends.any():
+                raise ValueError(
+                    f"attention_mask ends in padding in rows {ends.nonzero().flatten().tolist()}, and generate goes on after "
+                    "the last column; pad on the left: tokenizer.padding_side='left'"
+                )
+        return super().prepare_inputs_for_generation(input_ids, *args, attention_mask=attention_mask, **kwargs)
+
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False
@@ -174,18 +210,23 @@ class SieveForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast | tuple:
         """input_ids int64 [B, n]; attention_mask [B, past + n], 0 = padding; logits [B, n, vocab] (meaningless at
         padding). Positions follow from the mask; position_ids may be given and have to agree. labels as input_ids, -100
-        = none. use_cache applies to evaluation only; a cache takes no gradient."""
+        = none. A cache takes no gradient: use_cache applies to evaluation without labels under torch.no_grad() only, and
+        a warning says so, once, where it is asked for elsewhere. ValueError for what this model cannot take or give."""
         B, n = input_ids.shape
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask[:, -n:]
         if mask.dim() != 2 or tuple(mask.shape) != (B, n):
             raise ValueError(f"attention_mask must be [{B}, past + {n}], got {list(attention_mask.shape)}")
         mask = mask.bool()
         counts = mask.sum(1).tolist()
-        if kwargs.get("inputs_embeds") is not None:
-            raise ValueError("inputs_embeds cannot be given; pass input_ids")
-        if past_key_values is None and not self.training and (self.config.use_cache if use_cache is None else use_cache):
-            if labels is None and not torch.is_grad_enabled():
+        self._check_arguments(past_key_values, kwargs)
+        if past_key_values is None and (self.config.use_cache if use_cache is None else use_cache):
+            if labels is None and not self.training and not torch.is_grad_enabled():
                 past_key_values = SieveCache(self.model.new_cache(B, n))
+            elif use_cache:
+                log.warning_once(
+                    "use_cache=True gives no past_key_values here: a cache takes no gradient; call the model under "
+                    "torch.no_grad(), in eval() and without labels, or leave use_cache out"
+                )
         self._check_positions(position_ids, mask, past_key_values)
         tokens = input_ids[mask]
         if past_key_values is not None:
@@ -201,6 +242,19 @@ class SieveForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None if labels is None else self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
         out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
         return out.to_tuple() if return_dict is False else out
+
+    def _check_arguments(self, past: Any, more: dict[str, Any]) -> None:
+        if more.get("inputs_embeds") is not None:
+            raise ValueError("inputs_embeds cannot be given; pass input_ids")
+        if past is not None and not isinstance(past, SieveCache):
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}, which cannot hold NSA's keys; leave it out, or pass "
+                "SieveCache(model.model.new_cache(batch, tokens)) of sieve.model.hf"
+            )
+        for name in ("output_hidden_states", "output_attentions"):
+            given = more.get(name)
+            if getattr(self.config, name, False) if given is None else given:
+                raise ValueError(f"{name}=True: this model keeps none to give; leave it out")
 
     def _check_positions(self, position_ids: Tensor | None, mask: Tensor, past: SieveCache | None) -> None:
         if position_ids is None:

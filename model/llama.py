@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from sieve.model.config import AttentionConfig, ModelConfig, RopeConfig, RopeScaling
 from sieve.model.decoder import Decoder
@@ -84,7 +84,16 @@ def from_llama(theirs: PreTrainedModel, attention: AttentionConfig | None = None
     V projections (and K norm), gates and phi as initialize(seed) draws them. ValueError for a model that is of neither
     kind or uses what the decoder has not.
     """
-    config = theirs.config
+    model, own = parts_of(theirs.config)
+    chosen = (attention or own).model_copy(update={"qk_norm": own.qk_norm})
+    decoder = Decoder(model, chosen, theirs.config.vocab_size)
+    initialize(decoder, seed)
+    copy_weights(decoder, theirs.state_dict())
+    return decoder.to(theirs.dtype)
+
+
+def parts_of(config: PreTrainedConfig) -> tuple[ModelConfig, AttentionConfig]:
+    """What a Llama's or Qwen3's config is in our words. ValueError for another type, and for what the decoder has not."""
     if config.model_type not in ("llama", "qwen3"):
         raise ValueError(f"a model of type {config.model_type} cannot be imported; llama and qwen3 can")
     if getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False) or config.hidden_act != "silu":
@@ -99,13 +108,7 @@ def from_llama(theirs: PreTrainedModel, attention: AttentionConfig | None = None
         intermediate_size=config.intermediate_size, rope=_our_rope(config.rope_parameters),
         norm_eps=config.rms_norm_eps, tie_embeddings=bool(config.tie_word_embeddings),
     )
-    chosen = attention or AttentionConfig(type="full")
-    decoder = Decoder(
-        model, chosen.model_copy(update={"qk_norm": config.model_type == "qwen3"}), config.vocab_size
-    )
-    initialize(decoder, seed)
-    copy_weights(decoder, theirs.state_dict())
-    return decoder.to(theirs.dtype)
+    return model, AttentionConfig(type="full", qk_norm=config.model_type == "qwen3")
 
 
 @torch.no_grad()
@@ -121,26 +124,32 @@ def source_of(name: str, shape: torch.Size, weights: dict[str, Tensor]) -> Tenso
     """What the Decoder parameter `name` begins with when it goes on from `weights`, under the Decoder's or Llama's names:
     its own; for NSA's compression and window branches, where they are missing, the selection's; None, that is to be
     drawn, for gates and phi. ValueError where another shape or nothing is there."""
+    found = source_name(name, shape, weights)
+    return None if found is None else weights[found]
+
+
+def source_name(name: str, shape: torch.Size, weights: dict[str, Tensor]) -> str | None:
+    """The name in `weights` of what source_of gives."""
     branch = re.sub(r"\b(k|v)_(cmp|win)_", r"\1_", name)
     for known in (name, their_name(name), branch, their_name(branch)):
         if known in weights:
             if weights[known].shape != shape:
                 raise ValueError(f"{known} is {list(weights[known].shape)}, {name} needs {list(shape)}")
-            return weights[known]
+            return known
     if name.endswith((".gate.weight", "output_gate.weight")) or "_phi." in name:
         return None
     raise ValueError(f"the model to go on from has no weights for {name} ({their_name(name)})")
 
 
-def folder_weights(path: Path) -> dict[str, Tensor]:
-    """All weights in a folder's safetensors files, on the CPU; tied heads under both names. ValueError without any."""
+def folder_weights(path: Path, *, tied: bool) -> dict[str, Tensor]:
+    """All weights in a folder's safetensors files, on the CPU; a tied head under both names. ValueError without any."""
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise ValueError(f"{path} has no .safetensors file")
     weights = {name: value for file in files for name, value in load_file(file).items()}
     for head, embedding in (("head.weight", "embed.weight"), ("lm_head.weight", "model.embed_tokens.weight")):
-        if embedding in weights:
-            weights.setdefault(head, weights[embedding])
+        if tied and embedding in weights:
+            weights[head] = weights[embedding]
     return weights
 
 

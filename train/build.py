@@ -85,8 +85,8 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
     if config.init is not None and start is None:
         initial = weights_of(Path(config.init), config, vocab_size)
         with torch.no_grad():
-            for name, parameter in module.named_parameters():
-                parameter.copy_(initial(name, parameter.shape))
+            for name, value in module.state_dict().items():  # the routers' biases among them
+                value.copy_(initial(name, value.shape))
     engine = Engine(
         module, adamw(module, config.optim, place.device), zero, place, clip=config.optim.clip,
         initial=initial, ropes=ropes(config.model.rope, phases),

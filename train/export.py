@@ -88,8 +88,9 @@ def config_of(weights: SavedWeights, tokenizer: Encoder | None = None) -> dict[s
     ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_id") for role in roles}
     return {
         "model_type": "sieve", "architectures": ["SieveForCausalLM"], "dtype": str(weights.dtype).removeprefix("torch."),
-        "vocab_size": weights.layout(SOURCE)[1][0], "max_position_embeddings": run["seq_len"],
-        "tie_word_embeddings": weights.tied, "model": _any_kernels(run["model"]),
+        "vocab_size": weights.layout(SOURCE)[1][0], "max_position_embeddings": weights.seq_len,
+        "tie_word_embeddings": weights.tied,
+        "model": _any_kernels(run["model"] | {"rope": weights.rope.model_dump(mode="json")}),
         "attention": run["attention"] | {"impl": "auto"},  # which kernels trained it is no property of the weights
     } | {name: number for name, number in ids.items() if number >= 0}
 

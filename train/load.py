@@ -15,8 +15,7 @@ from sieve.eval.load import Loaded, Text, load_folder
 from sieve.train import checkpoint
 from sieve.train.build import build_model
 from sieve.train.config import RunConfig
-from sieve.train.phases import ropes
-from sieve.train.weights import SOURCE, module_weights
+from sieve.train.weights import SOURCE, SavedWeights, module_weights
 
 log = logging.getLogger(__name__)
 
@@ -61,11 +60,12 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     with torch.device("meta"):
         decoder = build_model(config, torch.device("meta"), tokenizer.vocab_size)
     decoder = decoder.to_empty(device="cpu")
+    weights = SavedWeights(saved)
     decoder.load_state_dict(module_weights(saved))
-    decoder.set_rope(ropes(config.model.rope, config.phases)[saved.phase])
+    decoder.set_rope(weights.rope)
     decoder = decoder.to(device, dtype).eval().requires_grad_(False)
     name = f"{config.name} step {saved.step}"
-    loaded = Loaded(name, decoder, Text.of(tokenizer), config.phases[saved.phase].seq_len)
+    loaded = Loaded(name, decoder, Text.of(tokenizer), weights.seq_len)
     return Opened(loaded, config, tokenizer)
 
 

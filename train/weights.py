@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from sieve.train.checkpoint import Saved
+from sieve.train.config import RunConfig
 from sieve.train.partition import WEIGHT
+from sieve.train.phases import ropes
 from sieve.train.shards import ShardReader
 
 TIED, SOURCE = "head.weight", "embed.weight"
@@ -18,13 +20,17 @@ TIED, SOURCE = "head.weight", "embed.weight"
 class SavedWeights:
     """The Decoder's parameters and buffers in `saved`, one at a time, whoever held which part of them.
 
-    names: in the model's order, a tied head not among them. Parameters come in `dtype` (None: the run's), rounded from
+    config: the run's, as it was written. rope, seq_len: of the phase that the checkpoint is from. names: in the model's order,
+    a tied head not among them. Parameters come in `dtype` (None: the run's), rounded from
     the fp32 master weights as training itself rounds them; buffers as they are.
     """
 
     def __init__(self, saved: Saved, dtype: torch.dtype | None = None) -> None:
         manifest = saved.manifest
         self.config: dict[str, Any] = manifest["config"]
+        config = RunConfig.of(self.config)
+        self.rope = ropes(config.model.rope, config.phases)[saved.phase]
+        self.seq_len = config.phases[saved.phase].seq_len
         self.dtype = dtype or {"fp32": torch.float32, "bf16": torch.bfloat16}[self.config["dtype"]]
         self.tied: bool = self.config["model"]["tie_embeddings"]
         self._shapes: dict[str, list[int]] = manifest["parameters"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sieve.eval.config import Sampling
-from sieve.eval.generate import TextStream, complete, generate_text
+from sieve.eval.generate import TextStream, complete, free_bytes, generate_text
 from sieve.eval.sampling import Sampler
 from sieve.kernels.nsa.layout import Packing
 
@@ -60,6 +60,12 @@ def test_sampling_by_hand():
     cold = Sampler(Sampling(temperature=0.5), 0)
     counts = torch.bincount(torch.tensor([cold(logits) for _ in range(1000)]), minlength=4) / 1000
     torch.testing.assert_close(counts, torch.tensor([0.25, 0.09, 0.0225, 0.0025]) / 0.365, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("temperature", [1e-310, 5e-324, 1e-6])
+def test_the_smallest_temperatures_take_the_likeliest(temperature):
+    for logits in (torch.tensor([-7.0, 30.0, 29.0, -torch.inf]), torch.tensor([-300.0, -1.0, -2.0])):
+        assert Sampler(Sampling(temperature=temperature), 0)(logits) == 1
 
 
 def letters(ids):
@@ -119,3 +125,22 @@ def test_users_mistakes(tiny):
         complete(tiny(), [], Sampling())
     with pytest.raises(ValueError, match="stop='' is in every text"):
         TextStream(letters, [""])
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "nsa"])
+def test_a_cache_that_does_not_fit_is_refused_before_it_is_made(tiny, kind, monkeypatch):
+    model, texts = tiny(kind), prompts(70, 9)
+    needed = model.new_cache(2, 100).bytes()
+    assert model.cache_bytes(2, 100) == needed
+    monkeypatch.setattr("sieve.eval.generate.free_bytes", lambda device: needed - 1)
+    with pytest.raises(ValueError, match=r"max_tokens=30 for 2 texts .* cache of 0.00 GB, and 0.00 GB of memory are free"):
+        complete(model, texts, Sampling(max_tokens=30))
+    monkeypatch.setattr("sieve.eval.generate.free_bytes", lambda device: needed)
+    assert [len(new) for new in complete(model, texts, Sampling(max_tokens=30))] == [30, 30]
+
+
+def test_more_tokens_than_any_memory_holds(tiny):
+    assert 0 < free_bytes(torch.device("cpu")) < 2**50
+    for max_tokens in (10**11, 10**30):
+        with pytest.raises(ValueError, match=f"max_tokens={max_tokens} for 1 texts"):
+            complete(tiny("full"), prompts(5), Sampling(max_tokens=max_tokens))

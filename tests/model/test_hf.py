@@ -1,5 +1,6 @@
 """The transformers model: round trips through a folder, generation with our cache, padding, a clean process."""
 
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from sieve.model.config import AttentionConfig
 from sieve.model.hf import SieveForCausalLM
@@ -84,6 +85,76 @@ def test_generate_with_and_without_cache(folder):
                 more["past_key_values"] = SieveCache(model.model.new_cache(rows, 1))
             runs.append(model.generate(tokens, attention_mask=mask, max_new_tokens=12, **how, **more))
         assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("size", [80, 40])
+@pytest.mark.parametrize("mean_resizing", [True, False])
+def test_resized_vocabulary(decoder, folder, tmp_path, pack, size, mean_resizing):
+    model, kept = AutoModelForCausalLM.from_pretrained(folder), min(size, 61)
+    before, tied = {name: value.clone() for name, value in decoder.state_dict().items()}, decoder.config.tie_embeddings
+    assert model.resize_token_embeddings(61) is model.model.embed and model.vocab_size == 61
+    assert model.resize_token_embeddings(size, mean_resizing=mean_resizing) is model.model.embed
+    assert model.config.vocab_size == model.model.vocab_size == model.vocab_size == model.model.embed.num_embeddings == size
+    assert (model.model.head.weight is model.model.embed.weight) == tied
+    for name in ("embed", "head"):
+        weight = getattr(model.model, name).weight
+        assert torch.equal(weight[:kept], before[f"{name}.weight"][:kept])
+        assert weight.shape == (size, 32) and weight.isfinite().all() and weight.requires_grad
+    tokens = padded([20], left=True, vocab=40)[0]
+    model.train()(tokens, labels=tokens).loss.backward()
+    assert model.model.head.weight.grad.shape == (size, 32)
+    model.eval().save_pretrained(tmp_path / "resized")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "resized", output_loading_info=True)
+    assert not any(info.values()) and again.config.vocab_size == again.model.vocab_size == size
+    with torch.no_grad():
+        logits = again(tokens).logits
+        assert torch.equal(logits, model(tokens).logits) and logits.shape[-1] == size
+        torch.testing.assert_close(logits[..., :kept], decoder.logits(tokens, pack([20]))[..., :kept])
+    assert model.resize_token_embeddings(size + 1, pad_to_multiple_of=16).num_embeddings == -(-(size + 1) // 16) * 16
+
+
+def test_generate_takes_padding_at_the_left_alone(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens, mask = padded([20, 8], left=False)
+    for more in (dict(), dict(use_cache=False)):
+        with pytest.raises(ValueError, match=r"ends in padding in rows \[1\].*pad on the left"):
+            model.generate(tokens, attention_mask=mask, max_new_tokens=3, **more)
+    with pytest.raises(ValueError, match=r"ends in padding in rows \[1\].*pad on the left"):
+        model.generate(tokens, max_new_tokens=3)  # told by pad_token_id alone
+    # A row that ended in an earlier turn has holes in its mask, which do no harm.
+    gap = torch.ones_like(mask)
+    gap[1, 8:15] = 0
+    assert model.generate(tokens, attention_mask=gap, max_new_tokens=3, do_sample=False).shape[0] == 2
+
+
+def test_what_cannot_be_given_is_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens, _ = padded([20], left=True)
+    generate = functools.partial(model.generate, max_new_tokens=2, return_dict_in_generate=True)
+    for call in (functools.partial(generate, tokens), functools.partial(model, tokens)):
+        with pytest.raises(ValueError, match="past_key_values is a DynamicCache.*leave it out"):
+            call(past_key_values=DynamicCache())
+        for name in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(ValueError, match=f"{name}=True: this model keeps none"):
+                call(**{name: True})
+            call(**{name: False})
+    model.config.output_hidden_states = True
+    with pytest.raises(ValueError, match="output_hidden_states=True"):
+        model(tokens)
+    model(tokens, output_hidden_states=False)
+
+
+def test_a_cache_that_is_not_given_is_told(folder, monkeypatch):
+    told = []
+    monkeypatch.setattr("sieve.model.hf.log.warning_once", told.append)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokens, _ = padded([20], left=True)
+    assert model(tokens).past_key_values is None and not told  # nobody asked
+    with torch.no_grad():
+        assert model(tokens, use_cache=True).past_key_values.get_seq_length() == 20 and not told
+    assert model(tokens, use_cache=True).past_key_values is None
+    assert model.train()(tokens, labels=tokens, use_cache=True).past_key_values is None
+    assert len(told) == 2 and all("use_cache=True gives no past_key_values" in text for text in told)
 
 
 def test_loss_and_gradients(decoder, folder, pack):
