@@ -107,7 +107,7 @@ class SuiteConfig(Config):
     """What `sieve eval` takes."""
 
     suite: tuple[str, ...] = Field(SUITES["standard"], description="a suite's name, or a list of tasks")
-    out: str | None = Field(None, description="folder of the results; null: report/eval in a run, else eval-NAME")
+    out: str | None = Field(None, description="folder of the results; null: report/eval in the run's folder, else eval-NAME here")
     seed: int = Field(0, ge=0)
     batch_tokens: int = Field(16_384, gt=0, description="tokens of a forward; one text longer than that goes alone")
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -15,6 +15,7 @@ from sieve.train.command import key_lines, log_to_stderr, run_command
 if TYPE_CHECKING:
     from sieve.eval.config import SuiteConfig
     from sieve.eval.runner import Result
+    from sieve.train.load import Opened
 
 USAGE = """\
 usage: sieve eval CHECKPOINT [KEY=VALUE ...] [--cfg job] [--help]
@@ -97,7 +98,7 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
         documents = {"source": partial(read_documents, config.loss.source, model.text)}
     elif opened.corpus is not None:
         documents = {name: partial(stored_documents, store) for name, store in opened.corpus.validation.items()}
-    folder = Path(config.out) if config.out else _folder(opened, checkpoint)
+    folder = Path(config.out) if config.out else _folder(opened)
     about = _about(checkpoint, config, device, dtype)
     done: list[Result] = []
 
@@ -111,10 +112,18 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     return 0
 
 
-def _folder(opened: Any, checkpoint: str) -> Path:
-    if opened.config is not None:
-        return opened.config.directory / "report" / "eval"
-    return Path(f"eval-{Path(checkpoint).name}")
+def _folder(opened: Opened) -> Path:
+    """Where results go by default: report/eval in the run as it lies now, which may have been moved or copied since it was
+    trained; for an exported model, and a checkpoint outside of a run, eval-NAME in the working directory."""
+    from sieve.train.checkpoint import FOLDER, MANIFEST
+
+    folder = opened.folder
+    if opened.config is not None and not (folder / MANIFEST).is_file():
+        return folder / "report" / "eval"
+    whole = folder.resolve()  # "." has no name
+    if opened.config is not None and whole.parent.name == FOLDER:
+        return whole.parent.parent / "report" / "eval"
+    return Path(f"eval-{whole.name}")
 
 
 def _about(checkpoint: str, config: SuiteConfig, device: Any, dtype: Any) -> dict[str, Any]:

@@ -18,11 +18,13 @@ from sieve.train.weights import module_weights
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to use. config, corpus: of the run it is from, None for an exported folder."""
+    """A model to use. config, corpus: of the run it is from, None for an exported folder. folder: what was opened, a run,
+    a checkpoint or an exported model, where it lies now (config has where the run lay when it was trained)."""
 
     loaded: Loaded
     config: RunConfig | None
     corpus: Corpus | None
+    folder: Path
 
 
 def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtype) -> Opened:
@@ -31,7 +33,7 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     if found is None:
         raise ValueError(f"{path} is neither a folder nor a run under {runs_dir}")
     if (found / "config.json").is_file():
-        return Opened(load_folder(found, device, dtype), None, None)
+        return Opened(load_folder(found, device, dtype), None, None, found)
     saved = _saved(found)
     config = RunConfig.of(saved.manifest["config"])
     # Which kernels trained it does not matter here, and they may not be there.
@@ -48,7 +50,7 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     decoder = decoder.to(device, dtype).eval().requires_grad_(False)
     name = f"{config.name} step {saved.step}"
     loaded = Loaded(name, decoder, Text.of(corpus.tokenizer), config.phases[saved.phase].seq_len)
-    return Opened(loaded, config, corpus)
+    return Opened(loaded, config, corpus, found)
 
 
 def _saved(folder: Path) -> checkpoint.Saved:

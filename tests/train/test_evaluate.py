@@ -68,6 +68,38 @@ def test_a_mixture_is_evaluated_by_source_in_the_phase_it_ended_in(mixture, one_
     assert results["metrics"]["eval/pairs/loss"] == by_source["pairs"]["loss"]
 
 
+@pytest.fixture
+def moved(one_rank, tiny_text, tmp_path, monkeypatch):
+    """moved(attention): the folder of a run after one step, moved since to "elsewhere"; it is not in the working directory."""
+
+    def moved(attention="nsa"):
+        settings = [*tiny_text, f"runs_dir={tmp_path}", "name=r", "steps=1", "eval.every=0"]
+        assert run(load_config([*settings, f"attention={attention}"])) == 0
+        (tmp_path / "r").rename(tmp_path / "elsewhere")
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        return tmp_path / "elsewhere"
+
+    return moved
+
+
+COPY = ["suite=[copy]", "recall.lengths=[8]", "recall.samples=1"]
+
+
+def test_results_go_where_the_model_lies(moved, tmp_path):
+    folder = moved()
+    (checkpoint,) = (folder / "checkpoints").iterdir()
+    for opened in (folder, checkpoint):
+        assert evaluate.main([str(opened), *COPY]) == 0
+        there = sorted(path.name for path in (folder / "report" / "eval").iterdir())
+        assert there == ["report.html", "results.json"]
+        (folder / "report" / "eval" / "results.json").unlink()
+    assert not (tmp_path / "r").exists() and not any((tmp_path / "here").iterdir())
+    alone = checkpoint.rename(tmp_path / "alone")
+    assert evaluate.main([str(alone), *COPY]) == 0
+    assert (tmp_path / "here" / "eval-alone" / "results.json").is_file()
+
+
 @pytest.mark.parametrize("overrides, message", [
     (["suite=neddle"], "did you mean needle"),
     (["needle.lenghts=[5]"], r"needle.lenghts=\[5\]: unknown key; did you mean needle.lengths"),
