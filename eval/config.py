@@ -107,7 +107,7 @@ class SuiteConfig(Config):
     """What `sieve eval` takes."""
 
     suite: tuple[str, ...] = Field(SUITES["standard"], description="a suite's name, or a list of tasks")
-    out: str | None = Field(None, description="folder of the results; null: report/eval in the run's folder, else eval-NAME here")
+    out: str | None = Field(None, description="folder of the results; null: report/eval in a run's folder, else eval-NAME")
     seed: int = Field(0, ge=0)
     batch_tokens: int = Field(16_384, gt=0, description="tokens of a forward; one text longer than that goes alone")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -132,6 +132,8 @@ class SuiteConfig(Config):
     @field_validator("suite")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError(f"names no task; there are {', '.join((*SUITES, *TASKS))}")
         for task in value:
             if task not in TASKS:
                 near = difflib.get_close_matches(task, (*TASKS, *SUITES), n=1)

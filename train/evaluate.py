@@ -84,7 +84,8 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
 
     from sieve.eval.documents import Documents, read_documents, stored_documents
     from sieve.eval.load import place_and_precision
-    from sieve.eval.report import print_result, write_numbers, write_results
+    from sieve.eval.report import print_result, write_report
+    from sieve.eval.results import FILE, read_results, write_results
     from sieve.eval.runner import run_suite
     from sieve.train.load import open_model
 
@@ -99,15 +100,16 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     elif opened.corpus is not None:
         documents = {name: partial(stored_documents, store) for name, store in opened.corpus.validation.items()}
     folder = Path(config.out) if config.out else _folder(opened)
-    about = _about(checkpoint, config, device, dtype)
-    done: list[Result] = []
+    measured = read_results(folder)
+    about = {"model": model.name, **_about(checkpoint, config, device, dtype)}
 
     def report(result: Result) -> None:
+        nonlocal measured
         print_result(result, terminal)
-        done.append(result)
-        write_numbers(done, folder, about)  # a suite that is cut short keeps the tasks it has measured
+        measured = write_results([result], folder, about)  # a suite that is cut short keeps the tasks it has measured
 
-    for path in write_results(run_suite(model, config, documents, _bar, report), folder, model.name, about):
+    run_suite(model, config, documents, _bar, report)
+    for path in (folder / FILE, *write_report(measured, folder, model.name)):
         terminal.print(str(path), markup=False, soft_wrap=True)
     return 0
 

@@ -10,7 +10,8 @@ from sieve.eval.config import SuiteConfig
 from sieve.eval.documents import document_loss, read_documents, stored_documents, token_loss_of
 from sieve.eval.health import probe, switch_losses
 from sieve.eval.load import Loaded, Text
-from sieve.eval.report import print_result, write_results
+from sieve.eval.report import print_result, write_report
+from sieve.eval.results import read_results, write_results
 from sieve.eval.runner import run_suite
 from sieve.kernels.nsa.layout import Packing
 
@@ -74,15 +75,24 @@ def test_all_of_it_to_files(tiny, tmp_path):
     seen = []
     results = run_suite(model, settings(suite="all"), {"text": documents}, report=seen.append)
     assert [r.task for r in results] == list(settings(suite="all").suite) == [r.task for r in seen]
-    files = write_results(results, tmp_path / "out", "m", {"command": "x"})
+    measured = write_results(results, tmp_path / "out", {"command": "x"})
+    files = write_report(measured, tmp_path / "out", "m")
     names = {path.name for path in files}
-    assert names == {"results.json", "loss.png", "needle.png", "multikey.png", "passkey.png", "health.png", "switches.png",
+    assert names == {"loss.png", "needle.png", "multikey.png", "passkey.png", "health.png", "switches.png",
                      "report.html"}
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert 0 <= data["metrics"]["eval/mqar"] <= 1 and data["metrics"]["eval/loss"] > 0
     assert "eval/needle_len_0160" in data["metrics"] and data["tasks"]["health"]["tables"]["health"][1]["layer"] == 1
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 6
+    assert html.count("data:image/png;base64,") == 6 and "Measured on" not in html
+    # What was stored says as much as what was measured: it gives the same pictures, on a page that tells models apart.
+    before = [path.read_bytes() for path in files[:-1]]
+    again = write_report(read_results(tmp_path / "out"), tmp_path / "out", "m")
+    assert [path.read_bytes() for path in again[:-1]] == before and again[-1].read_text() == html
+    others = write_results(results[:1], tmp_path / "out", {"model": "m later"})
+    assert list(others) == [r.task for r in results]
+    write_report(others, tmp_path / "out", "m")
+    assert (tmp_path / "out" / "report.html").read_text().count("Measured on m later") == 1
     from rich.console import Console
 
     with (tmp_path / "log").open("w") as log:

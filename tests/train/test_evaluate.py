@@ -26,8 +26,10 @@ def test_a_run_measures_tasks_and_is_evaluated(one_rank, tiny_text, tmp_path, ca
                  "recall.samples=2", "loss.max_tokens=300"]
     capsys.readouterr()
     assert evaluate.main(arguments) == 0
-    assert "loss by document length" in capsys.readouterr().out
+    out = capsys.readouterr().out
     data = json.loads((tmp_path / "r" / "report" / "eval" / "results.json").read_text())
+    overall = {name: data["metrics"][name] for name in ("eval/loss", "eval/bits_per_byte", "eval/mqar", "eval/copy")}
+    assert "loss by document length" in out and all(f"{name} {value:.4f}" in out for name, value in overall.items())
     # The same weights and the same examples as at the run's last evaluation.
     assert data["metrics"]["eval/mqar"] == last["eval/mqar"] and data["metrics"]["eval/copy"] == last["eval/copy"]
     assert data["about"]["checkpoint"] == "r" and data["about"]["commit"]
@@ -100,11 +102,36 @@ def test_results_go_where_the_model_lies(moved, tmp_path):
     assert (tmp_path / "here" / "eval-alone" / "results.json").is_file()
 
 
+def test_evaluations_add_up_in_a_folder(moved):
+    folder = moved()
+    where = folder / "report" / "eval"
+    settings = [str(folder), "loss.max_tokens=100", "recall.pairs=[4]", "recall.samples=1", "recall.lengths=[8]"]
+    found = []
+    for suite in ("loss,copy", "mqar", "copy"):
+        assert evaluate.main([*settings, f"suite=[{suite}]", f"seed={len(found)}"]) == 0
+        found.append(json.loads((where / "results.json").read_text()))
+    first, second, third = found
+    assert list(second["tasks"]) == list(third["tasks"]) == ["loss", "copy", "mqar"]
+    assert third["tasks"]["loss"] == second["tasks"]["loss"] == first["tasks"]["loss"]
+    assert first["metrics"].items() <= second["metrics"].items() and "eval/mqar" in second["metrics"]
+    seeds = {task: entry["about"]["settings"]["seed"] for task, entry in third["tasks"].items()}
+    assert seeds == {"loss": 0, "copy": 2, "mqar": 1}
+    assert third["metrics"]["eval/copy_loss"] == third["tasks"]["copy"]["metrics"]["eval/copy_loss"]
+    assert third["metrics"]["eval/copy_loss"] != first["metrics"]["eval/copy_loss"]
+    page = (where / "report.html").read_text()
+    assert [f"<h2>{task}</h2>" in page for task in ("loss", "copy", "mqar")] == [True] * 3
+    assert f"eval/loss {third['metrics']['eval/loss']:.4f}, eval/bits_per_byte" in page and "image/png" in page
+    (where / "results.json").write_text("{")
+    assert evaluate.main([*settings, "suite=[copy]"]) == 2
+    assert (where / "results.json").read_text() == "{"
+
+
 @pytest.mark.parametrize("overrides, message", [
     (["suite=neddle"], "did you mean needle"),
     (["needle.lenghts=[5]"], r"needle.lenghts=\[5\]: unknown key; did you mean needle.lengths"),
     (["needle.samples=0"], "needle.samples=0: must be greater than 0|needle.samples=0"),
     (["suite"], "suite: is not KEY=VALUE"),
+    (["suite=[]"], r"suite=\[\]: names no task; there are standard, .*, needle"),
     (["recall.pairs=[1]"], "recall.pairs"),
 ])
 def test_users_mistakes(overrides, message):
