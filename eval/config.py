@@ -93,6 +93,9 @@ class HarnessConfig(Config):
 
 
 TASKS = ("loss", "needle", "multikey", "passkey", "mqar", "copy", "induction", "health", "switches", "harness")
+NEEDLES = ("needle", "multikey", "passkey")
+NSA_TASKS = ("health", "switches")
+TEXT_TASKS = ("loss", *NSA_TASKS)  # these cannot do without documents
 SUITES: dict[str, tuple[str, ...]] = {
     "standard": ("loss", "needle", "mqar", "copy", "induction"),
     "recall": ("mqar", "copy", "induction"),

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sieve.train.command import key_lines, log_to_stderr, run_command
+from sieve.train.command import check_folder, key_lines, log_to_stderr, run_command
 
 if TYPE_CHECKING:
     from sieve.eval.config import SuiteConfig
@@ -89,6 +89,8 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     from sieve.eval.runner import run_suite
     from sieve.train.load import open_model
 
+    if config.out:  # before the model, which may take its time to open
+        check_folder(Path(config.out), f"out={config.out}")
     device, dtype = place_and_precision(config.device, config.dtype)
     opened = open_model(checkpoint, config.runs_dir, device, dtype)
     model, terminal = opened.loaded, Console()
@@ -96,10 +98,11 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     if config.loss.source:
         if model.text is None:
             raise ValueError(f"loss.source: {checkpoint} has no tokenizer to read it with")
-        documents = {"source": partial(read_documents, config.loss.source, model.text)}
+        documents = {"loss.source": partial(read_documents, config.loss.source, model.text)}
     elif opened.corpus is not None:
         documents = {name: partial(stored_documents, store) for name, store in opened.corpus.validation.items()}
     folder = Path(config.out) if config.out else _folder(opened)
+    check_folder(folder, f"out={folder}")
     measured = read_results(folder)
     about = {"model": model.name, **_about(checkpoint, config, device, dtype)}
 

@@ -153,6 +153,41 @@ def test_up_to_dense_len_there_is_no_selection_to_measure(tiny):
     assert health.tables == without.tables  # one text is longer, which makes all of the call sparse
 
 
+def test_mistakes_are_told_before_the_first_task(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    nsa, full = Loaded("m", tiny(), LETTERS, 128), Loaded("m", tiny("full"), LETTERS, 128)
+    short = Loaded("m", tiny(dense_len=512), LETTERS, 128)
+    there = {"text": documents}
+    nothing = {"text": lambda limit: []}
+    missing = {"text": lambda limit: read_documents([str(tmp_path / "b.txt")], LETTERS, limit)}
+    for model, texts, changes, message in (
+        (full, there, {"suite": ["copy", "health"]}, r"health is about NSA, .* no NSA layer; leave it out, as suite=\[copy\]"),
+        (full, there, {"suite": ["switches"]}, "switches is about NSA, and m has no NSA layer; leave it out of suite"),
+        (full, there, {"suite": "all"}, r"as suite=\[loss,needle,multikey,passkey,mqar,copy,induction\]"),
+        (nsa, there, {"suite": ["copy", "needle"], "needle": {"lengths": [200, 20]}}, "needle.lengths=20 is too short"),
+        (nsa, there, {"suite": ["copy", "multikey"], "needle": {"keys": 99}}, "needle.keys=99"),
+        (nsa, there, {"suite": ["copy", "mqar"], "recall": {"pairs": [4, 4000]}}, "recall.pairs=4000 is more than the 29 t"),
+        (nsa, there, {"suite": ["copy", "switches"], "health": {"larger_topk": [8, 1]}}, "health.larger_topk has 1: topk=1"),
+        (nsa, {}, {"suite": ["copy", "loss"]}, "loss needs text"),
+        (nsa, nothing, {"suite": ["copy", "loss"]}, "loss: no document of text has two tokens or more"),
+        (nsa, missing, {"suite": ["copy", "needle"], "needle": {"lengths": [200]}}, "'.*b.txt' does not exist"),
+        (nsa, missing, {"suite": ["copy", "loss"]}, "'.*b.txt' does not exist"),
+        (short, there, {"suite": ["copy", "health"]}, "health: no text has more than 128 tokens"),
+        (nsa, there, {"suite": ["copy", "harness"], "harness": {"offline": True}}, "harness"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_suite(model, settings(**changes), texts, report=lambda result: pytest.fail(result.task))
+
+
+def test_texts_that_leave_nothing_to_choose_are_noted(tiny):
+    suite = settings(suite=["health", "switches"], health={"larger_topk": [8]})
+    for seq_len, noted in ((64, True), (66, False)):  # 4 blocks of 16; the last token has no label
+        for result in run_suite(Loaded("m", tiny(), LETTERS, seq_len), suite, {"text": documents}):
+            assert ("more blocks than topk, that is more than 64 tokens, and the longest has 64" in result.note) is noted
+            gaps = {row.get("variant"): row.get("gap") for row in result.tables[result.task]}
+            assert result.task == "health" or (abs(gaps["topk 8"]) < 1e-6) is noted
+
+
 def test_users_mistakes(tiny):
     model = Loaded("m", tiny("full"), LETTERS, 128)
     with pytest.raises(ValueError, match="loss needs text: give loss.source"):

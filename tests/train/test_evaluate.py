@@ -139,6 +139,19 @@ def test_users_mistakes(overrides, message):
         evaluate.parse(overrides)
 
 
+def test_results_need_a_folder(moved, tmp_path, capsys):
+    (tmp_path / "file").write_text("kept")
+    for out in (tmp_path / "file", tmp_path / "file" / "in"):
+        assert evaluate.main(["nowhere", f"out={out}"]) == 2  # before the model is looked for
+        assert capsys.readouterr().err == f"sieve eval: out={out}: {tmp_path / 'file'} is a file, and a folder is needed; " \
+            "give another name\n"
+    folder = moved("full")
+    (folder / "report").write_text("kept")
+    assert evaluate.main([str(folder), *COPY]) == 2
+    captured = capsys.readouterr()
+    assert f"{folder / 'report'} is a file" in captured.err and "copy" not in captured.out
+
+
 def test_mistakes_of_the_command(capsys):
     assert evaluate.main([]) == 2 and "which model?" in capsys.readouterr().err
     assert evaluate.main(["nowhere", "suite=recall"]) == 2 and "nowhere is neither" in capsys.readouterr().err
