@@ -68,6 +68,13 @@ def test_documents_of_files(tmp_path):
     (tmp_path / "b.txt").write_text("ghijkl")
     found = list(read_documents([str(tmp_path)], LETTERS, 11))
     assert [len(d) for d in found] == [8, 3] and found[0][0] == 1 and found[0][-1] == 2
+    (tmp_path / "empty").mkdir()
+    for name in ("none.txt", "x.png"):
+        (tmp_path / name).touch()
+    for path in ("nowhere.txt", "empty", "none.txt", "x.png"):
+        with pytest.raises(ValueError, match=r"^loss\.source: ") as error:
+            read_documents([str(tmp_path / path)], LETTERS, 11)
+        assert "data." not in str(error.value)
 
 
 def test_all_of_it_to_files(tiny, tmp_path):
