@@ -133,10 +133,23 @@ def test_evaluations_add_up_in_a_folder(moved):
     (["suite"], "suite: is not KEY=VALUE"),
     (["suite=[]"], r"suite=\[\]: names no task; there are standard, .*, needle"),
     (["recall.pairs=[1]"], "recall.pairs"),
+    (["recall.pairs=1"], r"recall.pairs=\[1\]: must be counts|recall.pairs=1: must be counts"),
+    (["needle.lengths=abc"], r"needle.lengths\[0\]=abc: must be a valid integer|needle.lengths=abc: must be a valid integer"),
+    (["needle.lengths=null"], r"needle.lengths=null: must be a list, as \[...\]"),
+    (["needle.lengths=true"], r"needle.lengths=true: must be a list, as \[true\]"),
 ])
 def test_users_mistakes(overrides, message):
     with pytest.raises(ConfigError, match=message):
         evaluate.parse(overrides)
+
+
+def test_a_single_value_is_a_list_of_one():
+    found = evaluate.parse(["needle.lengths=100", "needle.depths=0.5", "recall.pairs=4", "loss.source=/tmp/x.txt",
+                            "health.larger_topk=32", "harness.tasks=gsm8k", "suite=needle"])
+    assert found == evaluate.parse(["needle.lengths=[100]", "needle.depths=[0.5]", "recall.pairs=[4]",
+                                    "loss.source=[/tmp/x.txt]", "health.larger_topk=[32]",
+                                    "harness.tasks=[gsm8k]", "suite=needle"])
+    assert load_config(["eval.needle.lengths=100"]).eval.needle.lengths == (100,)
 
 
 def test_results_need_a_folder(moved, tmp_path, capsys):
