@@ -93,9 +93,11 @@ def format_of(path: PurePath) -> Format | None:
 
 
 def unknown_format(location: str, key: str) -> str:
-    """What to say of a file whose name tells no format."""
+    """What to say of a file whose name tells no format. key: the setting that names it; only beside data's own is there a
+    data.format."""
     known = ", ".join(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
     return (
         f"{key}: {location} is of no known format; known are {known}, text and JSON lines also with "
-        f"{' or '.join(COMPRESSION)} behind; data.format=text reads any file as text"
+        f"{' or '.join(COMPRESSION)} behind"
+        + ("; data.format=text reads any file as text" if key.startswith("data.") else "")
     )

@@ -59,7 +59,8 @@ def _in_folder(folder: Path, forced: Format | None, key: str) -> list[Path]:
     if not known:
         kinds = Counter("".join(p.suffixes[-2:]) or "no suffix" for p in files)
         what = ", ".join(f"{n} of {suffix}" for suffix, n in kinds.most_common(_SHOWN)) or "no files"
-        raise ValueError(f"{key}: the folder {folder} has {what}; none of a known format (data.format=text forces it)")
+        hint = " (data.format=text forces it)" if key.startswith("data.") else ""
+        raise ValueError(f"{key}: the folder {folder} has {what}; none of a known format{hint}")
     if len(known) < len(files):
         logger.info("%s: %d files of other formats are left out", folder, len(files) - len(known))
     return known

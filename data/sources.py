@@ -25,9 +25,10 @@ HASHED_WHOLE, HASHED_TOTAL = 64 << 20, 4 << 30  # bytes of a file, and of all fi
 SAMPLE_FLOOR = 64 << 10  # bytes of text from a file, where there are many files
 
 
-def source_of(config: DataConfig, *, validation: bool = False) -> Source:
+def source_of(config: DataConfig, *, validation: bool = False, named: str | None = None) -> Source:
     """The source that `config` names for training, or the one of its own that it names for validation.
 
+    named: the setting that gave `config` its files, for messages, where it is not one of data's.
     ValueError if it is not there, or if the type holds no text.
     """
     if config.type == "python":
@@ -38,7 +39,7 @@ def source_of(config: DataConfig, *, validation: bool = False) -> Source:
         key = "data.validation_split" if validation else "data.split"
         files = hub_files(config, config.validation_split if validation else config.split, forced, key, remote)
     elif config.type == "files":
-        key = "data.validation_paths" if validation else "data.paths"
+        key = named or ("data.validation_paths" if validation else "data.paths")
         files = expand(config.validation_paths if validation else config.paths, forced, key, remote)
     else:
         raise ValueError(f"data.type={config.type} holds tokens, not text; choose the source that they were made from")

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from typing import Literal
+from typing import Any, Literal, get_origin
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from sieve.model.config import Config
 
@@ -21,7 +21,17 @@ class Sampling(Config):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
-class NeedleConfig(Config):
+class _Part(Config):
+    """A part of the settings in which a single value is a list of one, as lengths=1024."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any, info: ValidationInfo) -> Any:
+        is_list = get_origin(cls.model_fields[info.field_name].annotation) is tuple
+        return (value,) if is_list and isinstance(value, (str, int, float)) and not isinstance(value, bool) else value
+
+
+class NeedleConfig(_Part):
     """A fact somewhere in much text, asked for at its end (needle in a haystack; the passkey of arXiv 2305.16300)."""
 
     lengths: tuple[int, ...] = Field((1024, 2048, 4096, 8192), description="tokens of the whole text, question included")
@@ -45,7 +55,7 @@ class NeedleConfig(Config):
         return value
 
 
-class RecallConfig(Config):
+class RecallConfig(_Part):
     """mqar: pairs of random tokens, then some keys again in another order (arXiv 2312.04927). copy: random tokens, a
     separator, the same tokens. induction: one pair of tokens in random ones, its first again at the end."""
 
@@ -61,7 +71,7 @@ class RecallConfig(Config):
         return value
 
 
-class LossConfig(Config):
+class LossConfig(_Part):
     """The loss on documents, by position and by the document's length."""
 
     source: tuple[str, ...] = Field((), description="text, JSON lines or parquet files; none: the run's validation text")
@@ -69,7 +79,7 @@ class LossConfig(Config):
     seq_len: int | None = Field(None, gt=0, description="longest piece of a document; null: as in training")
 
 
-class HealthConfig(Config):
+class HealthConfig(_Part):
     """NSA's inner life, and its loss with something changed, on documents of the loss task."""
 
     tokens: int = Field(8192, gt=0, description="of the probe batch")
@@ -79,7 +89,7 @@ class HealthConfig(Config):
 SyntheticTask = Literal["needle", "multikey", "passkey", "mqar", "copy", "induction"]
 
 
-class HarnessConfig(Config):
+class HarnessConfig(_Part):
     """lm-evaluation-harness (extra `eval`) through sieve.eval.harness."""
 
     tasks: tuple[str, ...] = Field((), description="names of its tasks; none: those of the NSA paper")
@@ -93,6 +103,9 @@ class HarnessConfig(Config):
 
 
 TASKS = ("loss", "needle", "multikey", "passkey", "mqar", "copy", "induction", "health", "switches", "harness")
+NEEDLES = ("needle", "multikey", "passkey")
+NSA_TASKS = ("health", "switches")
+TEXT_TASKS = ("loss", *NSA_TASKS)  # these cannot do without documents
 SUITES: dict[str, tuple[str, ...]] = {
     "standard": ("loss", "needle", "mqar", "copy", "induction"),
     "recall": ("mqar", "copy", "induction"),
@@ -107,7 +120,7 @@ class SuiteConfig(Config):
     """What `sieve eval` takes."""
 
     suite: tuple[str, ...] = Field(SUITES["standard"], description="a suite's name, or a list of tasks")
-    out: str | None = Field(None, description="folder of the results; null: report/eval in a run, else eval-NAME")
+    out: str | None = Field(None, description="folder of the results; null: report/eval in a run's folder, else eval-NAME")
     seed: int = Field(0, ge=0)
     batch_tokens: int = Field(16_384, gt=0, description="tokens of a forward; one text longer than that goes alone")
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -132,6 +145,8 @@ class SuiteConfig(Config):
     @field_validator("suite")
     @classmethod
     def _known(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value:
+            raise ValueError(f"names no task; there are {', '.join((*SUITES, *TASKS))}")
         for task in value:
             if task not in TASKS:
                 near = difflib.get_close_matches(task, (*TASKS, *SUITES), n=1)

@@ -32,9 +32,9 @@ def stored_documents(store: Tokens, max_tokens: int | None) -> Iterator[np.ndarr
 def read_documents(paths: Sequence[str], text: Text, max_tokens: int | None) -> Iterator[np.ndarray]:
     """Documents of files (text, JSON lines, parquet), tokenised, with bos and eos; cut as stored_documents' are.
 
-    ValueError for paths that hold no text.
+    ValueError, naming loss.source, for paths that hold no text.
     """
-    source = source_of(DataConfig(type="files", paths=tuple(paths)))
+    source = source_of(DataConfig(type="files", paths=tuple(paths)), named="loss.source")
     ends = ([] if text.bos_id is None else [text.bos_id]), ([] if text.eos_id is None else [text.eos_id])
     return _limited(
         (np.asarray([*ends[0], *text.encode(document.text), *ends[1]]) for document in source), max_tokens

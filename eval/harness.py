@@ -29,10 +29,7 @@ GENERATED = 256  # tokens where a task does not say, as the harness's own models
 
 def adapter(model: Loaded, *, max_length: int, bos: bool, seed: int, batch_tokens: int) -> Any:
     """An lm_eval LM of the model. bos: begin every text with it. Raises ValueError without lm-eval or a tokenizer."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ValueError("the harness needs the package lm-eval: pip install 'sieve-lm[eval]'")
-    if model.text is None or model.text.eos_id is None:
-        raise ValueError(f"{model.name} has no tokenizer with an end-of-text token, which the harness needs")
+    _check_needs(model)
     from lm_eval.api.model import TemplateLM
     from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
@@ -132,11 +129,28 @@ def _batches(order: Sequence[int], sizes: Sequence[int], limit: int) -> Iterator
         yield batch
 
 
+def _check_needs(model: Loaded) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise ValueError("the harness needs the package lm-eval: pip install 'sieve-lm[eval]'")
+    if model.text is None or model.text.eos_id is None:
+        raise ValueError(f"{model.name} has no tokenizer with an end-of-text token, which the harness needs")
+
+
+def check_harness(model: Loaded, config: HarnessConfig) -> None:
+    """ValueError for what can be told without the harness's index of tasks, which takes it seconds."""
+    _check_needs(model)
+    if config.offline and config.include_path is None:
+        raise ValueError("harness.offline=true takes the tasks of harness.include_path alone; give it too")
+    if config.include_path is not None and not Path(config.include_path).is_dir():
+        raise ValueError(f"harness.include_path={config.include_path} is no folder")
+
+
 def run_harness(model: Loaded, config: HarnessConfig, seed: int, batch_tokens: int) -> Result:
     """The tasks of `config`, by the harness. ValueError, with near names, for a task that it does not know, and for one
     that runs generated code without harness.run_code."""
     from sieve.eval.runner import Result
 
+    check_harness(model, config)
     lm = adapter(
         model, max_length=config.max_length or model.seq_len or 4096, bos=config.bos, seed=seed, batch_tokens=batch_tokens
     )
@@ -145,10 +159,6 @@ def run_harness(model: Loaded, config: HarnessConfig, seed: int, batch_tokens: i
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
-    if config.offline and config.include_path is None:
-        raise ValueError("harness.offline=true takes the tasks of harness.include_path alone; give it too")
-    if config.include_path is not None and not Path(config.include_path).is_dir():
-        raise ValueError(f"harness.include_path={config.include_path} is no folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager(include_path=config.include_path, include_defaults=not config.offline)
     names = config.tasks or (manager.all_tasks if config.offline else PAPER_TASKS)

@@ -46,14 +46,40 @@ def needle(
     for length in config.lengths:
         for depth in config.depths:
             for sample in range(config.samples):
-                rng = np.random.default_rng((seed, {"needle": 4, "multikey": 5, "passkey": 6}[kind], length, sample))
+                rng = _draws(seed, kind, length, sample)
                 yield _example(config, encode, list(bos), rng, kind, length, depth, fill)
 
 
-def _example(
-    config: NeedleConfig, encode: Callable[[str], list[int]], bos: list[int], rng: np.random.Generator, kind: str,
-    length: int, depth: float, fill: Callable[[int, int], list[int]],
-) -> Example:
+def check_lengths(
+    config: NeedleConfig, encode: Callable[[str], list[int]], bos: Sequence[int], seed: int, kind: str
+) -> None:
+    """ValueError, with the least length, when a text that `needle` would make is too short; no text is made."""
+    for length in config.lengths:
+        needed = 0
+        for sample in range(config.samples):
+            leads, facts, answer = _told(config, encode, _draws(seed, kind, length, sample), kind)
+            needed = max(needed, _needed(bos, leads, facts, answer))
+        if needed > length:
+            raise ValueError(_too_short(kind, length, needed))
+
+
+def _draws(seed: int, kind: str, length: int, sample: int) -> np.random.Generator:
+    return np.random.default_rng((seed, {"needle": 4, "multikey": 5, "passkey": 6}[kind], length, sample))
+
+
+def _needed(bos: Sequence[int], leads: list[list[int]], facts: list[list[int]], answer: list[int]) -> int:
+    """Tokens of a text without any filler."""
+    return len(bos) + sum(map(len, facts)) + len(leads[0]) + len(answer)
+
+
+def _too_short(kind: str, length: int, needed: int) -> str:
+    return f"needle.lengths={length} is too short; {kind} needs at least {needed} tokens"
+
+
+def _told(
+    config: NeedleConfig, encode: Callable[[str], list[int]], rng: np.random.Generator, kind: str
+) -> tuple[list[list[int]], list[list[int]], list[int]]:
+    """What leads to each number, the facts, and the number that is asked for, the first fact's: all in tokens."""
     count = config.keys if kind == "multikey" else 1
     if count > len(CITIES):
         raise ValueError(f"needle.keys={count}: there are names for {len(CITIES)} keys")
@@ -62,11 +88,18 @@ def _example(
     leads = [encode(lead(kind, name)) for name in names]
     numbers = [encode(f" {rng.integers(10 ** (config.digits - 1), 10**config.digits)}") for _ in names]
     facts = [lead + number + encode(".\n") for lead, number in zip(leads, numbers)]
-    answer = numbers[0]
-    room = length - len(bos) - sum(map(len, facts)) - len(leads[0]) - len(answer)
+    return leads, facts, numbers[0]
+
+
+def _example(
+    config: NeedleConfig, encode: Callable[[str], list[int]], bos: list[int], rng: np.random.Generator, kind: str,
+    length: int, depth: float, fill: Callable[[int, int], list[int]],
+) -> Example:
+    leads, facts, answer = _told(config, encode, rng, kind)
+    room = length - (needed := _needed(bos, leads, facts, answer))
     if room < 0:
-        raise ValueError(f"needle.lengths={length} is too short; {kind} needs at least {length - room} tokens")
-    places = [round(depth * room), *sorted(int(rng.integers(0, room + 1)) for _ in names[1:])]
+        raise ValueError(_too_short(kind, length, needed))
+    places = [round(depth * room), *sorted(int(rng.integers(0, room + 1)) for _ in facts[1:])]
     filler = fill(int(rng.integers(0, 1 << 20)), room)
     tokens, used = list(bos), 0
     for place, fact in sorted(zip(places, facts), key=lambda pair: pair[0]):

@@ -11,7 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sieve.eval.runner import NEEDLES, Result
+from sieve.eval.config import NEEDLES
+from sieve.eval.runner import Result
 
 _INK = "#333333"
 # Okabe and Ito's, told apart in every common colour blindness.

@@ -10,14 +10,20 @@ from sieve.eval.config import RecallConfig
 from sieve.eval.examples import Example
 
 
+def check_pairs(config: RecallConfig, alphabet: Sequence[int]) -> None:
+    """ValueError when there are fewer keys in the alphabet than pairs."""
+    for pairs in config.pairs:
+        if pairs > (keys := len(alphabet) // 2):
+            raise ValueError(f"recall.pairs={pairs} is more than the {keys} tokens that may be keys; give fewer")
+
+
 def mqar(config: RecallConfig, alphabet: Sequence[int], bos: Sequence[int], seed: int) -> Iterator[Example]:
     """Multi-query associative recall (arXiv 2312.04927): k1 v1 k2 v2 ..., then every key once more, shuffled, each
     followed by its value. Keys are distinct, from one half of the alphabet; values from the other, so that
     chance among values is 1 / (half of it). ValueError when there are fewer keys in it than pairs."""
     keys, values = alphabet[: len(alphabet) // 2], alphabet[len(alphabet) // 2 :]
+    check_pairs(config, alphabet)
     for pairs in config.pairs:
-        if pairs > len(keys):
-            raise ValueError(f"recall.pairs={pairs} is more than the {len(keys)} tokens that may be keys; give fewer")
         for sample in range(config.samples):
             rng = np.random.default_rng((seed, 1, pairs, sample))
             key, value = rng.choice(keys, pairs, replace=False), rng.choice(values, pairs)

@@ -1,11 +1,11 @@
-"""An evaluation as tables in the terminal, as JSON, and as one HTML file with its pictures inside."""
+"""An evaluation as tables in the terminal, and as one HTML file with its pictures inside."""
 
 from __future__ import annotations
 
 import base64
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from string import Template
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sieve.eval.plots import plot
+from sieve.eval.results import Measured, overall
 from sieve.eval.runner import Result
 
 _COLUMNS = 8  # a wider table is turned over in the terminal
@@ -31,7 +32,7 @@ table { border-collapse: collapse; margin: .5rem 0 } td, th { padding: .25rem .9
 <h1>$title</h1>
 $parts
 <h2>How it was made</h2>
-<p class="small">$about</p>
+$about
 </body></html>
 """)
 
@@ -44,7 +45,9 @@ def shown(value: Any) -> str:
 
 
 def print_result(result: Result, terminal: Console) -> None:
-    """Its tables, chance and notes."""
+    """Its overall numbers, tables, chance and notes."""
+    if line := _overall(result):
+        terminal.print(f"{result.task}: {line}", markup=False, highlight=False, style="bold")
     for name, rows in result.tables.items():
         if not rows:
             continue
@@ -63,41 +66,37 @@ def print_result(result: Result, terminal: Console) -> None:
         terminal.print(f"Note: {result.note}", markup=False, style="yellow")
 
 
-def write_numbers(results: Sequence[Result], folder: Path, about: dict[str, Any]) -> Path:
-    """results.json, put in its place by a rename. about: what was run, on what; JSON-able."""
-    folder.mkdir(parents=True, exist_ok=True)
-    data = {
-        "about": about,
-        "metrics": {name: value for result in results for name, value in result.metrics.items()},
-        "tasks": {
-            r.task: {"tables": r.tables, "chance": r.chance, "seconds": r.seconds, "note": r.note, **r.extra} for r in results
-        },
-    }
-    path = folder / "results.json"
-    unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    return unfinished.replace(path)
-
-
-def write_results(results: Sequence[Result], folder: Path, title: str, about: dict[str, Any]) -> list[Path]:
-    """`write_numbers`, a PNG for each task that has one, and report.html; the files in that order."""
-    files = [write_numbers(results, folder, about)]
-    parts = []
-    for result in results:
-        parts.append(f"<h2>{escape(result.task)}</h2>")
-        picture = folder / f"{result.task}.png"
-        if plot(result, picture, title):
+def write_report(measured: Mapping[str, Measured], folder: Path, title: str) -> list[Path]:
+    """A PNG for each task that has one, and report.html; the files in that order. measured: of `write_results`, by task.
+    title: the model's name; a task that was measured on another model, as a later step, is marked so."""
+    files: list[Path] = []
+    parts, made = [], dict[str, list[str]]()
+    for task, (result, about) in ((task, (m.result, m.about)) for task, m in measured.items()):
+        made.setdefault(json.dumps(about, default=str), []).append(task)
+        name = about.get("model", title)
+        parts.append(f"<h2>{escape(task)}</h2>")
+        if name != title:
+            parts.append(f'<p class="small">Measured on {escape(name)}.</p>')
+        if line := _overall(result):
+            parts.append(f"<p><b>{escape(line)}</b></p>")
+        picture = folder / f"{task}.png"
+        if plot(result, picture, name):
             files.append(picture)
             image = base64.b64encode(picture.read_bytes()).decode()
-            parts.append(f'<img alt="{escape(result.task)}" src="data:image/png;base64,{image}">')
+            parts.append(f'<img alt="{escape(task)}" src="data:image/png;base64,{image}">')
         parts += [_table(name, rows) for name, rows in result.tables.items() if rows]
         notes = [f"Chance: {result.chance:.4f}."] if result.chance is not None else []
         notes += [result.note] if result.note else []
         parts += [f'<p class="small">{escape(note)}</p>' for note in notes]
-    html = _PAGE.substitute(title=escape(title), parts="\n".join(parts), about=escape(json.dumps(about, default=str)))
+    how = [f'<p class="small">{escape(", ".join(tasks))}: {escape(about)}</p>' for about, tasks in made.items()]
+    html = _PAGE.substitute(title=escape(title), parts="\n".join(parts), about="\n".join(how))
     files.append(folder / "report.html")
     files[-1].write_text(html, encoding="utf-8")
     return files
+
+
+def _overall(result: Result) -> str:
+    return ", ".join(f"{name} {shown(value)}" for name, value in overall(result).items())
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> str:

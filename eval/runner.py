@@ -12,16 +12,16 @@ from typing import Any, get_args
 import numpy as np
 import torch
 
-from sieve.eval.config import NeedleConfig, RecallConfig, SuiteConfig, SyntheticTask
+from sieve.eval.check import check_suite
+from sieve.eval.config import NEEDLES, NSA_TASKS, NeedleConfig, RecallConfig, SuiteConfig, SyntheticTask
 from sieve.eval.documents import Documents, document_loss, token_loss_of
 from sieve.eval.examples import Example, Predictor, forward_of, predictor, score
 from sieve.eval.health import probe, switch_losses
 from sieve.eval.load import Loaded, Text
 from sieve.eval.needle import haystack, needle
 from sieve.eval.recall import GENERATORS, chance
-from sieve.model.nsa import NSA
+from sieve.model.decoder import Decoder
 
-NEEDLES = ("needle", "multikey", "passkey")
 SYNTHETIC = get_args(SyntheticTask)
 # Draws a bar: bar(label, total) is a context that gives advance(n).
 Bar = Callable[[str, float | None], Any]
@@ -94,13 +94,16 @@ def run_suite(
 ) -> list[Result]:
     """The tasks in order, each told to `report` as soon as it is there. sources: held-out documents by their source, each
     of which gives as many tokens; empty where there are none. ValueError for a task that this model or these documents do
-    not allow."""
+    not allow, before the first of them."""
     decoder, text, device = model.decoder, model.text, model.decoder.embed.weight.device
     predict = predictor(forward_of(decoder), device)
     alphabet = alphabet_of(text, decoder.vocab_size)
     seq_len = config.loss.seq_len or model.seq_len or 4096
     bytes_of = text.bytes_of if text is not None and text.bytes_of is not None else torch.zeros(decoder.vocab_size).long()
     bytes_of = bytes_of.to(device)
+    check_suite(model, config, sources, alphabet)
+    probed = [task for task in config.suite if task in NSA_TASKS]
+    probe_texts = _probe_texts(model, probed[0], sources, config.health.tokens, seq_len) if probed else []
     results = []
     for task in config.suite:
         start = time.monotonic()
@@ -113,18 +116,15 @@ def run_suite(
             from sieve.eval.harness import run_harness
 
             result = run_harness(model, config.harness, config.seed, config.batch_tokens)
+        elif task == "loss":
+            result = _loss(model, config, sources, bytes_of, seq_len, bar)
         else:
-            if not sources:
-                raise ValueError(f"{task} needs text: give loss.source=[FILE, ...] or a run, whose validation text it takes")
-            if task == "loss":
-                result = _loss(model, config, sources, bytes_of, seq_len, bar)
-            else:
-                probe_texts = _probe_texts(model, task, sources, config.health.tokens, seq_len)
-                with bar(task, None):
-                    result = _health(decoder, probe_texts) if task == "health" else Result(task, {task: switch_losses(
-                        decoder, [np.asarray(d) for d in probe_texts], bytes_of, seq_len, config.batch_tokens,
-                        config.health.larger_topk,
-                    )}, {})
+            with bar(task, None):
+                tables, extra = _health(decoder, probe_texts) if task == "health" else ({task: switch_losses(
+                    decoder, [np.asarray(d) for d in probe_texts], bytes_of, seq_len, config.batch_tokens,
+                    config.health.larger_topk,
+                )}, {})
+            result = Result(task, tables, {}, note=_nothing_to_choose(decoder, probe_texts), extra=extra)
         results.append(Result(**(vars(result) | {"seconds": time.monotonic() - start})))
         report(results[-1])
     return results
@@ -144,9 +144,7 @@ def _hay(sources: Mapping[str, Documents], config: NeedleConfig) -> list[int]:
 def _probe_texts(
     model: Loaded, task: str, sources: Mapping[str, Documents], max_tokens: int, seq_len: int
 ) -> list[list[int]]:
-    """Documents in pieces of at most seq_len. ValueError for a model that has no NSA, or none at work on them."""
-    if not any(isinstance(layer.attention, NSA) for layer in model.decoder.layers):
-        raise ValueError(f"{task} is about NSA, and {model.name} has no NSA layer; leave it out of suite")
+    """Documents in pieces of at most seq_len. ValueError for a model whose NSA is not at work on any of them."""
     documents = chain.from_iterable(_shares(sources, max_tokens).values())
     texts = [d[i : i + seq_len].tolist() for d in documents for i in range(0, len(d), seq_len)]
     longest, dense_len = max(map(len, texts), default=0), model.decoder.attention_config.dense_len
@@ -183,11 +181,18 @@ def _loss(
     return Result("loss", tables, metrics, note=note)
 
 
-def _health(decoder: Any, texts: list[list[int]]) -> Result:
+def _health(decoder: Decoder, texts: list[list[int]]) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Tables, and what a Result has beside them."""
     rows = probe(decoder, texts)
-    note = (
-        "" if rows[0]["mass_recalled"] is not None
-        else "The probe's texts are too short to leave anything to choose: they need more blocks than topk."
+    tables = {"health": [{k: v for k, v in row.items() if k != "back"} for row in rows]}
+    return tables, {"back": {row["layer"]: row["back"] for row in rows}}
+
+
+def _nothing_to_choose(decoder: Decoder, texts: list[list[int]]) -> str:
+    """A note where every query selects all blocks up to its own, so that nothing about the selection can differ."""
+    geometry = decoder.attention_config.geometry()
+    reach, longest = geometry.topk * geometry.block_size, max(map(len, texts))
+    return "" if longest > reach else (
+        "The probe's texts are too short to leave anything to choose: they need more blocks than topk, that is more than "
+        f"{reach} tokens, and the longest has {longest}. Raise health.tokens or loss.seq_len, or give longer documents."
     )
-    return Result("health", {"health": [{k: v for k, v in row.items() if k != "back"} for row in rows]}, {},
-                  note=note, extra={"back": {row["layer"]: row["back"] for row in rows}})

@@ -19,8 +19,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
+from sieve.eval.config import NEEDLES
 from sieve.eval.plots import COLOURS, heat_map
-from sieve.eval.runner import NEEDLES
 from sieve.train.rundir import METRICS_FILE, Row, read_metrics
 from sieve.train.text import short_count
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 if TYPE_CHECKING:
@@ -86,6 +88,15 @@ def is_for_the_user(error: ValueError) -> bool:
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("sieve.")
+
+
+def check_folder(folder: Path, given: str) -> None:
+    """ValueError, which begins with `given`, unless files can be written into `folder`, which need not be there yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise ValueError(f"{given}: {there} is a file, and a folder is needed; give another name")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{given}: {there} cannot be written to; give another folder")
 
 
 def _split(arguments: Sequence[str]) -> tuple[bool, list[str]]:

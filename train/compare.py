@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sieve.train.command import check_folder
 from sieve.train.comparison import Comparison, compare
 from sieve.train.report import table, write_html
 from sieve.train.rundir import RunFiles, find_run
@@ -55,7 +56,7 @@ def print_comparison(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; 0, or 2 after a message when a run cannot be read."""
+    """The command; 0, or 2 after a message when a run cannot be read or the files have no place."""
     parser = argparse.ArgumentParser(prog="sieve compare", description=__doc__)
     parser.add_argument("run", help="a run's directory, or its name under --runs-dir")
     parser.add_argument("baseline", help="the run to compare it with, given in the same way")
@@ -66,10 +67,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         run, baseline = (
             RunFiles.read(find_run(value, options.runs_dir)) for value in (options.run, options.baseline)
         )
+        folder = options.out or run.directory / "report"
+        check_folder(folder, f"--out {folder}")
     except ValueError as error:
         print(f"sieve compare: {error}", file=sys.stderr)
         return 2
-    folder = options.out or run.directory / "report"
     comparison = write_comparison(run, baseline, [folder])
     print_comparison(run, baseline, comparison, folder, Console())
     return 0

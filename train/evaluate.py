@@ -10,11 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sieve.train.command import key_lines, log_to_stderr, run_command
+from sieve.train.command import check_folder, key_lines, log_to_stderr, run_command
 
 if TYPE_CHECKING:
     from sieve.eval.config import SuiteConfig
     from sieve.eval.runner import Result
+    from sieve.train.load import Opened
 
 USAGE = """\
 usage: sieve eval CHECKPOINT [KEY=VALUE ...] [--cfg job] [--help]
@@ -26,6 +27,8 @@ CHECKPOINT is a run (its newest checkpoint), a checkpoint's folder, or an export
   sieve eval exported/ suite=[loss,health] loss.source=[books/*.txt]
   sieve eval my-run suite=paper                                lm-evaluation-harness: pip install 'sieve-lm[eval]'
 """
+
+WITHOUT_TEXT = {"mqar", "copy", "induction", "harness"}  # tasks: a needle's hay is of the text
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -77,19 +80,19 @@ def parse(overrides: Sequence[str]) -> SuiteConfig:
         raise explain(error, SuiteConfig, tree) from error
 
 
-WITHOUT_TEXT = {"mqar", "copy", "induction", "harness"}  # tasks: a needle's hay is of the text
-
-
 def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     """Run the suite and write its results."""
     from rich.console import Console
 
     from sieve.eval.documents import Documents, read_documents, stored_documents
     from sieve.eval.load import place_and_precision
-    from sieve.eval.report import print_result, write_numbers, write_results
+    from sieve.eval.report import print_result, write_report
+    from sieve.eval.results import FILE, read_results, write_results
     from sieve.eval.runner import run_suite
     from sieve.train.load import open_model
 
+    if config.out:  # before the model, which may take its time to open
+        check_folder(Path(config.out), f"out={config.out}")
     device, dtype = place_and_precision(config.device, config.dtype)
     opened = open_model(checkpoint, config.runs_dir, device, dtype)
     model, terminal = opened.loaded, Console()
@@ -97,27 +100,37 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     if config.loss.source:
         if model.text is None:
             raise ValueError(f"loss.source: {checkpoint} has no tokenizer to read it with")
-        documents = {"source": partial(read_documents, config.loss.source, model.text)}
+        documents = {"loss.source": partial(read_documents, config.loss.source, model.text)}
     elif not set(config.suite) <= WITHOUT_TEXT:
         documents = {name: partial(stored_documents, store) for name, store in opened.validation().items()}
-    folder = Path(config.out) if config.out else _folder(opened, checkpoint)
-    about = _about(checkpoint, config, device, dtype)
-    done: list[Result] = []
+    folder = Path(config.out) if config.out else _folder(opened)
+    check_folder(folder, f"out={folder}")
+    measured = read_results(folder)
+    about = {"model": model.name, **_about(checkpoint, config, device, dtype)}
 
     def report(result: Result) -> None:
+        nonlocal measured
         print_result(result, terminal)
-        done.append(result)
-        write_numbers(done, folder, about)  # a suite that is cut short keeps the tasks it has measured
+        measured = write_results([result], folder, about)  # a suite that is cut short keeps the tasks it has measured
 
-    for path in write_results(run_suite(model, config, documents, _bar, report), folder, model.name, about):
+    run_suite(model, config, documents, _bar, report)
+    for path in (folder / FILE, *write_report(measured, folder, model.name)):
         terminal.print(str(path), markup=False, soft_wrap=True)
     return 0
 
 
-def _folder(opened: Any, checkpoint: str) -> Path:
-    if opened.config is not None:
-        return opened.config.directory / "report" / "eval"
-    return Path(f"eval-{Path(checkpoint).name}")
+def _folder(opened: Opened) -> Path:
+    """Where results go by default: report/eval in the run as it lies now, which may have been moved or copied since it was
+    trained; for an exported model, and a checkpoint outside of a run, eval-NAME in the working directory."""
+    from sieve.train.checkpoint import FOLDER, MANIFEST
+
+    folder = opened.folder
+    if opened.config is not None and not (folder / MANIFEST).is_file():
+        return folder / "report" / "eval"
+    whole = folder.resolve()  # "." has no name
+    if opened.config is not None and whole.parent.name == FOLDER:
+        return whole.parent.parent / "report" / "eval"
+    return Path(f"eval-{whole.name}")
 
 
 def _about(checkpoint: str, config: SuiteConfig, device: Any, dtype: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         prog="sieve generate", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("checkpoint", help="a run (its newest checkpoint), a checkpoint's folder, or an exported model")
-    made.add_argument("--prompt", action="append", default=[], help="text to continue, - for standard input; repeatable")
+    made.add_argument("--prompt", action="append", default=[], help="text to continue; - is standard input; repeatable")
     made.add_argument("--prompt-file", action="append", type=Path, default=[], help="a file with such a text; repeatable")
     for name in ("max_tokens", "temperature", "top_p", "seed"):
         kind = int if name in ("max_tokens", "seed") else float
@@ -57,6 +57,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _standard_input() -> str:
+    """All of it, its line ends as those of a file. ValueError when it is not UTF-8: Python's own reading of it depends on the
+    locale and may let such bytes pass, for the tokenizer to stumble over."""
+    try:
+        text = sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt -: standard input is not UTF-8: {error}") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def _run(options: argparse.Namespace) -> int:
     from pydantic import ValidationError
 
@@ -65,7 +75,9 @@ def _run(options: argparse.Namespace) -> int:
     from sieve.eval.load import place_and_precision
     from sieve.train.load import open_model
 
-    prompts = [sys.stdin.read() if prompt == "-" else prompt for prompt in options.prompt]
+    if options.prompt.count("-") > 1:
+        raise ValueError("--prompt -: is given twice, and standard input can be read once; use --prompt-file")
+    prompts = [_standard_input() if prompt == "-" else prompt for prompt in options.prompt]
     for path in options.prompt_file:
         try:
             prompts.append(path.read_text(encoding="utf-8"))

@@ -22,11 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Opened:
-    """A model to use. config, tokenizer: of the run it is from, None for an exported folder, which has its text in `loaded`."""
+    """A model to use. config, tokenizer: of the run it is from, None for an exported folder, which has its text in `loaded`.
+    folder: what was opened, a run, a checkpoint or an exported model, where it lies now (config has where the run lay when it
+    was trained)."""
 
     loaded: Loaded
     config: RunConfig | None
     tokenizer: Encoder | None
+    folder: Path
 
     def validation(self) -> dict[str, Tokens]:
         """The run's validation text by source, none for an exported folder. ValueError when it cannot be had any more, or has
@@ -48,7 +51,7 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     if found is None:
         raise ValueError(f"{path} is neither a folder nor a run under {runs_dir}")
     if (found / "config.json").is_file():
-        return Opened(load_folder(found, device, dtype), None, None)
+        return Opened(load_folder(found, device, dtype), None, None, found)
     saved = _saved(found)
     config = RunConfig.of(saved.manifest["config"])
     # Which kernels trained it does not matter here, and they may not be there.
@@ -66,7 +69,7 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     decoder = decoder.to(device, dtype).eval().requires_grad_(False)
     name = f"{config.name} step {saved.step}"
     loaded = Loaded(name, decoder, Text.of(tokenizer), weights.seq_len)
-    return Opened(loaded, config, tokenizer)
+    return Opened(loaded, config, tokenizer, found)
 
 
 def tokenizer_of(saved: checkpoint.Saved, config: RunConfig) -> Encoder:

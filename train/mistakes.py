@@ -42,6 +42,8 @@ def _line(item: Any, model: type[BaseModel], tree: dict[str, Any]) -> str:
         return _with_full_keys(message, part, path)
     if message.startswith(f"{path.rpartition('.')[2]}="):
         return path.rpartition(".")[0] + "." * ("." in path) + message
+    if item["type"] == "tuple_type":  # a word of Python's
+        message = f"must be a list, as [{'...' if isinstance(item['input'], (dict, type(None))) else shown(item['input'])}]"
     line = f"{path}={shown(item['input'])}: {message}"
     if item["type"] == "literal_error":
         choices = re.findall(r"'([^']*)'", item["ctx"]["expected"])

@@ -10,7 +10,8 @@ from sieve.eval.config import SuiteConfig
 from sieve.eval.documents import document_loss, read_documents, stored_documents, token_loss_of
 from sieve.eval.health import probe, switch_losses
 from sieve.eval.load import Loaded, Text
-from sieve.eval.report import print_result, write_results
+from sieve.eval.report import print_result, write_report
+from sieve.eval.results import read_results, write_results
 from sieve.eval.runner import run_suite
 from sieve.kernels.nsa.layout import Packing
 
@@ -67,6 +68,13 @@ def test_documents_of_files(tmp_path):
     (tmp_path / "b.txt").write_text("ghijkl")
     found = list(read_documents([str(tmp_path)], LETTERS, 11))
     assert [len(d) for d in found] == [8, 3] and found[0][0] == 1 and found[0][-1] == 2
+    (tmp_path / "empty").mkdir()
+    for name in ("none.txt", "x.png"):
+        (tmp_path / name).touch()
+    for path in ("nowhere.txt", "empty", "none.txt", "x.png"):
+        with pytest.raises(ValueError, match=r"^loss\.source: ") as error:
+            read_documents([str(tmp_path / path)], LETTERS, 11)
+        assert "data." not in str(error.value)
 
 
 def test_all_of_it_to_files(tiny, tmp_path):
@@ -74,15 +82,24 @@ def test_all_of_it_to_files(tiny, tmp_path):
     seen = []
     results = run_suite(model, settings(suite="all"), {"text": documents}, report=seen.append)
     assert [r.task for r in results] == list(settings(suite="all").suite) == [r.task for r in seen]
-    files = write_results(results, tmp_path / "out", "m", {"command": "x"})
+    measured = write_results(results, tmp_path / "out", {"command": "x"})
+    files = write_report(measured, tmp_path / "out", "m")
     names = {path.name for path in files}
-    assert names == {"results.json", "loss.png", "needle.png", "multikey.png", "passkey.png", "health.png", "switches.png",
+    assert names == {"loss.png", "needle.png", "multikey.png", "passkey.png", "health.png", "switches.png",
                      "report.html"}
     data = json.loads((tmp_path / "out" / "results.json").read_text())
     assert 0 <= data["metrics"]["eval/mqar"] <= 1 and data["metrics"]["eval/loss"] > 0
     assert "eval/needle_len_0160" in data["metrics"] and data["tasks"]["health"]["tables"]["health"][1]["layer"] == 1
     html = (tmp_path / "out" / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 6
+    assert html.count("data:image/png;base64,") == 6 and "Measured on" not in html
+    # What was stored says as much as what was measured: it gives the same pictures, on a page that tells models apart.
+    before = [path.read_bytes() for path in files[:-1]]
+    again = write_report(read_results(tmp_path / "out"), tmp_path / "out", "m")
+    assert [path.read_bytes() for path in again[:-1]] == before and again[-1].read_text() == html
+    others = write_results(results[:1], tmp_path / "out", {"model": "m later"})
+    assert list(others) == [r.task for r in results]
+    write_report(others, tmp_path / "out", "m")
+    assert (tmp_path / "out" / "report.html").read_text().count("Measured on m later") == 1
     from rich.console import Console
 
     with (tmp_path / "log").open("w") as log:
@@ -141,6 +158,41 @@ def test_up_to_dense_len_there_is_no_selection_to_measure(tiny):
     (health,) = run_suite(Loaded("m", tiny(dense_len=100), LETTERS, 128), settings(suite=["health"]), texts)
     (without,) = run_suite(Loaded("m", tiny(), LETTERS, 128), settings(suite=["health"]), texts)
     assert health.tables == without.tables  # one text is longer, which makes all of the call sparse
+
+
+def test_mistakes_are_told_before_the_first_task(tiny, tmp_path):
+    (tmp_path / "a.txt").write_text("a")
+    nsa, full = Loaded("m", tiny(), LETTERS, 128), Loaded("m", tiny("full"), LETTERS, 128)
+    short = Loaded("m", tiny(dense_len=512), LETTERS, 128)
+    there = {"text": documents}
+    nothing = {"text": lambda limit: []}
+    missing = {"text": lambda limit: read_documents([str(tmp_path / "b.txt")], LETTERS, limit)}
+    for model, texts, changes, message in (
+        (full, there, {"suite": ["copy", "health"]}, r"health is about NSA, .* no NSA layer; leave it out, as suite=\[copy\]"),
+        (full, there, {"suite": ["switches"]}, "switches is about NSA, and m has no NSA layer; leave it out of suite"),
+        (full, there, {"suite": "all"}, r"as suite=\[loss,needle,multikey,passkey,mqar,copy,induction\]"),
+        (nsa, there, {"suite": ["copy", "needle"], "needle": {"lengths": [200, 20]}}, "needle.lengths=20 is too short"),
+        (nsa, there, {"suite": ["copy", "multikey"], "needle": {"keys": 99}}, "needle.keys=99"),
+        (nsa, there, {"suite": ["copy", "mqar"], "recall": {"pairs": [4, 4000]}}, "recall.pairs=4000 is more than the 29 t"),
+        (nsa, there, {"suite": ["copy", "switches"], "health": {"larger_topk": [8, 1]}}, "health.larger_topk has 1: topk=1"),
+        (nsa, {}, {"suite": ["copy", "loss"]}, "loss needs text"),
+        (nsa, nothing, {"suite": ["copy", "loss"]}, "loss: no document of text has two tokens or more"),
+        (nsa, missing, {"suite": ["copy", "needle"], "needle": {"lengths": [200]}}, "'.*b.txt' does not exist"),
+        (nsa, missing, {"suite": ["copy", "loss"]}, "'.*b.txt' does not exist"),
+        (short, there, {"suite": ["copy", "health"]}, "health: no text has more than 128 tokens"),
+        (nsa, there, {"suite": ["copy", "harness"], "harness": {"offline": True}}, "harness"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_suite(model, settings(**changes), texts, report=lambda result: pytest.fail(result.task))
+
+
+def test_texts_that_leave_nothing_to_choose_are_noted(tiny):
+    suite = settings(suite=["health", "switches"], health={"larger_topk": [8]})
+    for seq_len, noted in ((64, True), (66, False)):  # 4 blocks of 16; the last token has no label
+        for result in run_suite(Loaded("m", tiny(), LETTERS, seq_len), suite, {"text": documents}):
+            assert ("more blocks than topk, that is more than 64 tokens, and the longest has 64" in result.note) is noted
+            gaps = {row.get("variant"): row.get("gap") for row in result.tables[result.task]}
+            assert result.task == "health" or (abs(gaps["topk 8"]) < 1e-6) is noted
 
 
 def test_users_mistakes(tiny):

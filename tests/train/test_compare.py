@@ -48,3 +48,6 @@ def test_mistakes_end_in_one_line(make_run, capsys) -> None:
     assert main(["ful", "full", "--runs-dir", str(directory.parent)]) == 2
     error = capsys.readouterr().err
     assert "did you mean" in error and "Traceback" not in error
+    file = directory / "config.yaml"
+    assert main([str(directory), str(directory), "--out", str(file)]) == 2
+    assert f"--out {file}: {file} is a file, and a folder is needed" in capsys.readouterr().err

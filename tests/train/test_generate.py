@@ -1,5 +1,6 @@
 """`sieve generate` on a run, a checkpoint and an exported folder."""
 
+import io
 import subprocess
 import sys
 
@@ -61,6 +62,21 @@ def test_users_mistakes(tmp_path, capsys):
     if not torch.cuda.is_available():
         assert generate.main(["x", "--prompt", "a", "--device", "cuda"]) == 2
         assert "torch finds no GPU here" in capsys.readouterr().err
+
+
+def test_a_prompt_from_standard_input(tmp_path, capsys, monkeypatch):
+    def given(data):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data), encoding="ascii", errors="surrogateescape"))
+
+    given("é\r\nb\n".encode())
+    assert generate._standard_input() == "é\nb\n"
+    given(b"a\xff")
+    assert generate.main(["x", "--prompt", "-"]) == 2
+    captured = capsys.readouterr()
+    assert "--prompt -: standard input is not UTF-8" in captured.err and "position 1" in captured.err and not captured.out
+    given(b"a")
+    assert generate.main(["x", "--prompt", "-", "--prompt", "b", "--prompt", "-"]) == 2
+    assert "--prompt -: is given twice" in capsys.readouterr().err
 
 
 def test_help_needs_no_torch():
