@@ -133,6 +133,23 @@ def damage(path: Path, rank: int = 0, world_size: int = 1) -> str | None:
     return None
 
 
+def newest(path: Path) -> Saved:
+    """`path` itself, a checkpoint, or the newest whole one of the run's folder `path`; read through and compared with its
+    checksums. ValueError where there is none; says which it passed over and why."""
+    if (path / COMPLETE).is_file():
+        problem = damage(path)
+        if problem is not None:
+            raise ValueError(f"{path} is damaged: {problem}")
+        return Saved.read(path)
+    there = checkpoints(path)
+    for step in sorted(there, reverse=True):
+        problem = damage(there[step])
+        if problem is None:
+            return Saved.read(there[step])
+        log.warning("passing over %s: %s", there[step], problem)
+    raise ValueError(f"{path} is neither a checkpoint nor a run with a whole one; give runs/NAME or a step's folder in it")
+
+
 def find(directory: Path, resume: str, place: Place) -> Saved | None:
     """The checkpoint that `resume` (auto, never, a step, or a path) names for the run in `directory`, if there is one;
     its files are read through and compared with their checksums, each rank a share of them.
@@ -160,6 +177,9 @@ def find(directory: Path, resume: str, place: Place) -> Saved | None:
 
 def _candidates(directory: Path, resume: str) -> list[Path]:
     """Newest first; empty where a run begins."""
+    for folder in (directory, directory / FOLDER):
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"{folder} is a file, where the run's folder is to be; move it, or choose another name=")
     there = checkpoints(directory)
     if resume == "never":
         return []
@@ -206,6 +226,7 @@ def check_fits(saved: Saved, config: RunConfig, mismatch: Literal["refuse", "all
         key: values
         for key, values in differences(flatten(saved.manifest["config"]), flatten(config.dump())).items()
         if key.startswith(_DECISIVE) and re.sub(r"^data\.sources\.[^.]+", "data", key) not in _INDIFFERENT
+        or key == "init" and values[1] is not None  # it would have no effect
     }
     if not found:
         return
@@ -247,8 +268,8 @@ def restore(saved: Saved, run: RunState, engine: Engine) -> None:
 
 def tidy(directory: Path, start: Saved | None) -> None:
     """Before a run in `directory` begins at `start` (None: anew): remove what killed saves left, and put aside what
-    stands in the way. Nothing complete is deleted: newer checkpoints become `superseded-step-...`, and a run that is
-    begun anew finds its predecessor's folder renamed to NAME.1, NAME.2, ..."""
+    stands in the way. Newer checkpoints become `superseded-step-...`, in place of one of that step that was put aside before;
+    a run that is begun anew finds its predecessor's folder renamed to NAME.1, NAME.2, ..."""
     if start is None and checkpoints(directory):
         number = 1
         while (aside := directory.with_name(f"{directory.name}.{number}")).exists():

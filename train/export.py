@@ -103,22 +103,6 @@ def write_json(path: Path, value: Any) -> None:
     write_bytes(path, (json.dumps(value, indent=2) + "\n").encode())
 
 
-def newest(path: Path) -> Saved:
-    """A checkpoint, or the newest whole one of a run's folder; read through and compared with its checksums."""
-    if (path / checkpoint.COMPLETE).is_file():
-        problem = checkpoint.damage(path)
-        if problem is not None:
-            raise ValueError(f"{path} is damaged: {problem}")
-        return Saved.read(path)
-    there = checkpoint.checkpoints(path)
-    for step in sorted(there, reverse=True):
-        problem = checkpoint.damage(there[step])
-        if problem is None:
-            return Saved.read(there[step])
-        print(f"sieve export: passing over {there[step]}: {problem}", file=sys.stderr)
-    raise ValueError(f"{path} is neither a checkpoint nor a run with a whole one; give runs/NAME or a step's folder in it")
-
-
 def _bytes(text: str) -> int:
     """'5GB' -> 5000000000."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)b?", text.strip().lower())
@@ -144,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--no-tokenizer", action="store_true", help="the weights and config.json alone")
     options = parser.parse_args(argv)
     try:
-        saved = newest(options.checkpoint)
+        saved = checkpoint.newest(options.checkpoint)
         dtype = None if options.dtype is None else _DTYPES[options.dtype]
         tokenizer = None if options.no_tokenizer else _tokenizer(saved)
         total = export(saved, options.out, dtype, options.shard_size, tokenizer)

@@ -52,7 +52,12 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
         raise ValueError(f"{path} is neither a folder nor a run under {runs_dir}")
     if (found / "config.json").is_file():
         return Opened(load_folder(found, device, dtype), None, None, found)
-    saved = _saved(found)
+    if not (found / checkpoint.COMPLETE).is_file() and not checkpoint.checkpoints(found):
+        raise ValueError(
+            f"{found} is no model: neither a run with checkpoints, nor a checkpoint (manifest.json), nor an exported "
+            "folder (config.json)"
+        )
+    saved = checkpoint.newest(found)
     config = RunConfig.of(saved.manifest["config"])
     # Which kernels trained it does not matter here, and they may not be there.
     config = config.model_copy(update={"attention": config.attention.model_copy(update={"impl": "auto"})})
@@ -83,15 +88,3 @@ def tokenizer_of(saved: checkpoint.Saved, config: RunConfig) -> Encoder:
     if tokenizer.vocab_size != rows:
         raise ValueError(f"the tokenizer has {tokenizer.vocab_size} pieces and {saved.path} embeds {rows}; it is another one's")
     return tokenizer
-
-
-def _saved(folder: Path) -> checkpoint.Saved:
-    if (folder / checkpoint.MANIFEST).is_file():
-        return checkpoint.Saved.read(folder)
-    there = checkpoint.checkpoints(folder)
-    if not there:
-        raise ValueError(
-            f"{folder} is no model: neither a run with checkpoints, nor a checkpoint (manifest.json), nor an exported "
-            "folder (config.json)"
-        )
-    return checkpoint.Saved.read(there[max(there)])

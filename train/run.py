@@ -96,6 +96,7 @@ def _train(config: RunConfig, place: Place, start: Saved | None, stop: StopSigna
     steps = training.run.total_steps
     if start is not None:
         log.info("going on from %s: step %d of %d", start.path, start.step, steps)
+        _warn_of_a_rise(start, config)
     try:
         with stop.shielded():
             status = train(training.run, training.engine, training.loader, training.callbacks, stop, place)
@@ -105,6 +106,20 @@ def _train(config: RunConfig, place: Place, start: Saved | None, stop: StopSigna
     if status == "stopped":
         log.info("stopped at step %d of %d and saved; the same command goes on from there", training.run.step, steps)
     return 0
+
+
+def _warn_of_a_rise(start: Saved, config: RunConfig) -> None:
+    """Where a run with more steps than before goes back to a learning rate from which it had come down."""
+    from sieve.train.config import RunConfig
+    from sieve.train.schedule import ratio
+
+    before = RunConfig.of(start.manifest["config"])
+    then, now = (ratio(c.schedule, step, c.total_steps) for c, step in ((before, start.step), (config, start.step + 1)))
+    if start.step and now > then and ratio(before.schedule, max(start.step - 1, 1), before.total_steps) > then:
+        log.warning(
+            "the learning rate had come down to %.3g of its peak by step %d of %d, and rises to %.3g again with steps=%d; to "
+            "go on from before it fell, give resume=STEP", then, start.step, before.total_steps, now, config.total_steps,
+        )
 
 
 def _is_complete(start: Saved, config: RunConfig) -> bool:

@@ -139,6 +139,7 @@ def test_another_format_is_refused(run, save_at):
     (["model.moe=null"], ["model.moe.num_experts=null (was 8)"]),
     (["dtype=bf16"], ["dtype=bf16 (was fp32)"]),
     (["tokenizer=bpe32k"], ["tokenizer.vocab_size=32768 (was 4096)"]),
+    (["init=llama"], ["init=llama (was null)"]),
     (["optim.clip=2", "schedule=cosine", "seed=1"], ["optim.clip=2 (was 1)", "schedule.type=cosine", "seed=1"]),
 ])
 def test_a_run_with_other_settings_does_not_fit(run, save_at, caplog, changes, named):
@@ -149,6 +150,14 @@ def test_a_run_with_other_settings_does_not_fit(run, save_at, caplog, changes, n
     for text in named:
         assert text in str(error.value) and text in caplog.text
     assert "start another run with name=..., or resume=never; resume_mismatch=allow" in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["", "checkpoints"])
+def test_a_file_where_the_folder_is_to_be(run, where):
+    (run.directory / where).parent.mkdir(parents=True, exist_ok=True)
+    (run.directory / where).write_text("")
+    with pytest.raises(ValueError, match="is a file, where the run's folder is to be; move it, or choose another name="):
+        find(run.directory, "auto")
 
 
 def test_settings_that_do_not_matter_may_change(run, save_at):

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from sieve.model.decoder import Decoder
+from sieve.train import checkpoint
 from sieve.train.checkpoint import Saved
 from sieve.train.export import main
 from sieve.train.overrides import load_config
@@ -95,7 +96,7 @@ def test_the_tokenizer_stands_beside_the_weights(trained, tmp_path, capsys, monk
     damaged = tmp_path / "damaged"
     shutil.copytree(saved.path, damaged)
     (damaged / "tokenizer.model").unlink()
-    monkeypatch.setattr(module.checkpoint, "damage", lambda path: None)
+    monkeypatch.setattr(checkpoint, "damage", lambda path: None)
     assert main([str(damaged), str(tmp_path / "b")]) == 2
     assert "tokenizer cannot be had: " in (said := capsys.readouterr().err) and "; --no-tokenizer leaves it out" in said
     assert main([str(damaged), str(tmp_path / "b"), "--no-tokenizer"]) == 0

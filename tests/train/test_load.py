@@ -34,6 +34,20 @@ def trained(one_rank, tiny_text, text, tmp_path):
     return max(checkpoints(tmp_path / "r").items())[1]
 
 
+def list_again(checkpoint: Path, name: str) -> None:
+    """Have COMPLETE hold what the file is now."""
+    digest = hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()
+    lines = (checkpoint / COMPLETE).read_text().splitlines()
+    (checkpoint / COMPLETE).write_text("".join(
+        f"{digest}  {name}\n" if line.endswith(f"  {name}") else f"{line}\n" for line in lines
+    ))
+
+
+def write(checkpoint: Path, manifest: dict) -> None:
+    (checkpoint / "manifest.json").write_text(json.dumps(manifest))
+    list_again(checkpoint, "manifest.json")
+
+
 def opened(checkpoint: Path):
     return open_model(str(checkpoint), "runs", CPU, torch.float32)
 
@@ -63,24 +77,40 @@ def test_one_of_an_earlier_version_takes_its_text_s(trained, text, caplog):
     manifest = json.loads((trained / "manifest.json").read_text())
     own = opened(trained).tokenizer
     del manifest["tokenizer"]
-    (trained / "manifest.json").write_text(json.dumps(manifest))
+    write(trained, manifest)
     with caplog.at_level(logging.WARNING):
         assert opened(trained).tokenizer.hash == own.hash
     assert "has no tokenizer; taking that of the text which its run names" in caplog.text
     manifest["config"]["tokenizer"]["vocab_size"] = 290
-    (trained / "manifest.json").write_text(json.dumps(manifest))
+    write(trained, manifest)
     with pytest.raises(ValueError, match=f"the tokenizer has 290 pieces and {trained} embeds 300; it is another one's"):
         opened(trained)
+
+
+def test_a_damaged_checkpoint_is_no_model(trained, caplog):
+    """The one before it is taken of a run, and said so."""
+    before = trained.with_name("step-00000001")
+    shutil.copytree(trained, before)
+    path = trained / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 0x80
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{trained} is damaged: rank-00000.safetensors is damaged"):
+        opened(trained)
+    with caplog.at_level(logging.WARNING):
+        assert opened(trained.parent.parent).loaded.decoder is not None
+    assert f"passing over {trained}: rank-00000.safetensors is damaged" in caplog.text
+    shutil.rmtree(before)
+    with pytest.raises(ValueError, match="is neither a checkpoint nor a run with a whole one"):
+        opened(trained.parent.parent)
 
 
 def test_another_file_in_its_place_is_seen(trained):
     (trained / "tokenizer.model").write_bytes(b"other")
     assert "tokenizer.model is damaged" in damage(trained)
-    listed = (trained / COMPLETE).read_text().splitlines()
-    digest = hashlib.sha256(b"other").hexdigest()
-    (trained / COMPLETE).write_text("".join(
-        f"{digest}  tokenizer.model\n" if line.endswith("tokenizer.model") else f"{line}\n" for line in listed
-    ))
+    with pytest.raises(ValueError, match="tokenizer.model is damaged"):
+        opened(trained)
+    list_again(trained, "tokenizer.model")
     assert damage(trained) is None
     with pytest.raises(ValueError, match="tokenizer.model is not a SentencePiece model"):
         opened(trained)

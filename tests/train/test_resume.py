@@ -135,6 +135,7 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tiny_text, one_rank, tmp_
     assert main([*command, "steps=3"]) == 0
     assert "is complete: step 3 of 3" in capsys.readouterr().err
     assert main([*command, "steps=5"]) == 0
+    assert "learning rate" not in capsys.readouterr().err
     after = rows(tmp_path / "run")
     assert after[:3] == before and [row["step"] for row in after] == [1, 2, 3, 4, 5]
 
@@ -147,6 +148,8 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(tiny_text, one_rank, tmp_
     assert "optim.lr=0.5 (was 0.01)" in message and "seed=3 (was 0)" in message and "resume=never" in message
     assert "Traceback" not in message
     assert main([*command, "steps=4", "log.every=2", "data.threads=1"]) == 0
+    said = "the learning rate had come down to 0.1 of its peak by step 2 of 2, and rises to 1 again with steps=4"
+    assert said in capsys.readouterr().err
 
 
 def test_resume_by_step_never_and_path(tiny_text, one_rank, tmp_path, capsys):
