@@ -19,6 +19,7 @@ from sieve.train.callbacks.watchdog import WatchdogConfig
 from sieve.train.guard import GuardConfig
 from sieve.train.optim import OptimConfig
 from sieve.train.schedule import ScheduleConfig, steps_of
+from sieve.train.schema import shown
 from sieve.train.zero import ZeroConfig
 
 
@@ -198,6 +199,23 @@ class RunConfig(Config):
         if self.tokens is not None:
             return steps_for(self.phases, self.tokens)
         return self.steps if self.steps is not None else 1000
+
+    def without_effect(self) -> list[str]:
+        """What is asked for and never happens, each in words: allowed, since a run may be made longer or a config shared."""
+        found, moe = [], self.model.moe
+        if self.eval.tasks and not self.eval.every:
+            found.append(f"eval.tasks={shown(list(self.eval.tasks))} are never measured, since eval.every=0")
+        if moe is not None and moe.first_dense_layers >= self.model.num_layers:
+            found.append(
+                f"model.moe makes no mixture: model.moe.first_dense_layers={moe.first_dense_layers} of "
+                f"model.num_layers={self.model.num_layers} are dense"
+            )
+        if moe is not None and moe.balance in ("aux", "none") and moe.bias_update != "sign":
+            found.append(f"model.moe.bias_update={moe.bias_update} moves no bias with model.moe.balance={moe.balance}")
+        for where, phase in self._named_phases()[1:]:
+            if steps_for(self.phases, phase.from_tokens) >= self.total_steps:
+                found.append(f"{where}from_tokens={phase.from_tokens} is never reached in {self.total_steps} steps")
+        return found
 
     def dump(self) -> dict[str, Any]:
         """All of it in JSON's types, as config.yaml and the checkpoints hold it."""

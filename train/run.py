@@ -57,6 +57,8 @@ def run(config: RunConfig) -> int:
     place = distributed.Place.of(config.device)
     log_to_stderr(logging.INFO if place.rank == 0 else logging.ERROR)
     _check_batch(config, place.world_size)
+    for text in config.without_effect():
+        log.warning("%s", text)
     if place.device.type == "cuda":
         record_nccl(config.directory)
     alone = _only_process(config.directory) if place.rank == 0 else contextlib.nullcontext()

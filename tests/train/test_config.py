@@ -73,3 +73,18 @@ def test_offloading_needs_checkpointing():
     with pytest.raises(ValueError, match="activation_offload=true with activation_checkpointing=none.*choose"):
         load_config(["activation_offload=true"])
     assert load_config(["activation_offload=true", "activation_checkpointing=full"]).activation_offload
+
+
+LATER = "data.phases=[{from_tokens:1000000,seq_len:2048}]"
+
+
+@pytest.mark.parametrize("changes, told", [
+    (["eval.every=0", "eval.tasks=[mqar]"], "eval.tasks=[mqar] are never measured, since eval.every=0"),
+    (["model.moe.first_dense_layers=9"], "model.moe.first_dense_layers=9 of model.num_layers=4 are dense"),
+    (["model.moe.balance=aux", "model.moe.bias_update=quantile"], "=quantile moves no bias with model.moe.balance=aux"),
+    (["steps=3", LATER], "data.phases[0].from_tokens=1000000 is never reached in 3 steps"),
+], ids=["eval", "dense", "aux", "phase"])  # fmt: skip
+def test_what_never_happens_is_told(changes, told):
+    (said,) = load_config(changes).without_effect()
+    assert told in said
+    assert load_config(["steps=3000", LATER, "eval.tasks=[mqar]"]).without_effect() == []
