@@ -111,6 +111,23 @@ class DataConfig(Config):
             return {**DEFAULTS_OF_TYPE.get(values.get("type", "python"), {}), **values}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_say_their_type(cls, values: Any) -> Any:
+        # A misspelt name is a new source, which by its defaults alone would be this machine's Python files.
+        sources = values.get("sources") if isinstance(values, dict) else None
+        if isinstance(sources, dict):
+            typeless = [name for name, source in sources.items() if isinstance(source, dict) and "type" not in source]
+            others = [str(name) for name in sources if name not in typeless]
+            for name in typeless:
+                near = difflib.get_close_matches(str(name), others, n=1)
+                hint = f"did you mean data.sources.{near[0]}?" if near else f"there are {', '.join(others) or 'no others'};"
+                raise ValueError(
+                    f"data.sources.{name} has no type; {hint} a new source needs data.sources.{name}.type="
+                    f"{'|'.join(DEFAULTS_OF_TYPE)}"
+                )
+        return values
+
     @field_validator("paths", "validation_paths", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:

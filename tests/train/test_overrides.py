@@ -60,6 +60,8 @@ MISTAKES = [
     ("data.paths=[a]", "data.paths is given, but data.type=python reads no files; choose data=files"),
     # mixtures and phases
     ("data=books-python data.sources.books.wieght=2", "sources.books: SourceConfig has no key 'wieght'; did you mean weight"),
+    ("data=books-python data.sources.book.weight=2", "data.sources.book has no type; did you mean data.sources.books? a new"),
+    ("data.sources={x:{weight:1},code:{type:python}}", "data.sources.x has no type; there are code; a new source needs data."),
     ("data=books-python data.sources.books.weight=-2", "data.sources.books.weight=-2: must be greater than or equal to 0"),
     ("data=books-python data.max_bytes=3", "data.max_bytes=3 beside sources; it belongs to a source: sources.NAME.max_bytes"),
     ("data=books-python data.sources.books.workers=3", "data.sources.books.workers=3: is set for the whole mixture"),
