@@ -134,14 +134,6 @@ class DataConfig(Config):
         return (value,) if isinstance(value, str) else () if value is None else value
 
     @model_validator(mode="after")
-    def _keys_belong_to_the_type(self) -> DataConfig:
-        for key, types in KEYS_OF_TYPE.items():
-            if getattr(self, key) and self.type not in types:
-                reads = "reads no files" if "files" in types else "does not read it"
-                raise ValueError(f"data.{key} is given, but data.type={self.type} {reads}; choose data={types[0]}")
-        return self
-
-    @model_validator(mode="after")
     def _mixture_is_whole(self) -> DataConfig:
         for name in self.sources:
             if not re.fullmatch(r"[A-Za-z0-9_-]+", name):
@@ -149,9 +141,21 @@ class DataConfig(Config):
         usual = DEFAULTS_OF_TYPE["python"]
         for key, field in DataConfig.model_fields.items() if self.sources else ():
             if key not in OF_THE_WHOLE and getattr(self, key) != usual.get(key, field.default):
-                raise ValueError(f"{key}={getattr(self, key)} beside sources; it belongs to a source: sources.NAME.{key}")
+                value = getattr(self, key)
+                shown = f"[{','.join(value)}]" if isinstance(value, tuple) else value
+                raise ValueError(f"{key}={shown} beside sources; it belongs to a source: data.sources.NAME.{key}")
         if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: every weight is 0; give one that is not")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_type(self) -> DataConfig:
+        for key, types in KEYS_OF_TYPE.items():
+            if getattr(self, key) and self.type not in types:
+                reads = "reads no files" if "files" in types else "does not read it"
+                if isinstance(self, SourceConfig):
+                    raise ValueError(f"type={self.type} {reads}, but {key} is given; choose type={types[0]}")
+                raise ValueError(f"data.{key} is given, but data.type={self.type} {reads}; choose data={types[0]}")
         return self
 
     @model_validator(mode="after")
