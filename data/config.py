@@ -20,6 +20,8 @@ KEYS_OF_TYPE = {  # keys that say where the text is, and the types that read the
     "data_dir": ("hub",), "revision": ("hub",), "validation_split": ("hub",),
 }
 
+BUILT_IN = re.compile("<unk>|<s>|</s>|<pad>|<0x[0-9A-F]{2}>")  # pieces of every tokenizer that is trained
+
 
 class Config(BaseModel):
     """Base of every settings model: immutable, and an unknown key is an error that names the closest known one."""
@@ -212,3 +214,15 @@ class TokenizerConfig(Config):
     split_digits: bool = True
     max_piece_length: int = Field(16, gt=0)
     special_tokens: tuple[str, ...] = Field((), description="reserved, as [<|user|>,<|end|>]; of a trained one")
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _tokens_of_their_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for i, name in enumerate(value):
+            if not re.search(r"[^\s\u2581]", name):  # the last is how SentencePiece writes a space
+                raise ValueError(f"{name!r} has no visible character; leave it out, or give it a name")
+            if name in value[:i]:
+                raise ValueError(f"{name!r} is there twice; name each once")
+            if BUILT_IN.fullmatch(name):
+                raise ValueError(f"{name!r} is a piece of every trained tokenizer already; leave it out, or choose another")
+        return value

@@ -75,6 +75,7 @@ MISTAKES = [
     ("data.phases=[{from_tokens:9,global_batch:6,micro_batch:4}]", "data.phases[0].global_batch=6 is not divisible by"),
     ("data=books-python data.phases=[{from_tokens:9,weights:{book:1}}]", "must name each of sources, which are books, python"),
     ("data.upsample={64:-1}", "data.upsample.64=-1: must be greater than or equal to 0"),
+    ('tokenizer.special_tokens=["<s>"]', "tokenizer.special_tokens=[<s>]: '<s>' is a piece of every trained tokenizer already"),
     # syntax
     ("steps", "steps: is not KEY=VALUE"),
     ("steps==3", "steps==3: cannot be read as KEY=VALUE"),
