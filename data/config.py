@@ -20,6 +20,8 @@ KEYS_OF_TYPE = {  # keys that say where the text is, and the types that read the
     "data_dir": ("hub",), "revision": ("hub",), "validation_split": ("hub",),
 }
 
+BUILT_IN = re.compile("<unk>|<s>|</s>|<pad>|<0x[0-9A-F]{2}>")  # pieces of every tokenizer that is trained
+
 
 class Config(BaseModel):
     """Base of every settings model: immutable, and an unknown key is an error that names the closest known one."""
@@ -111,18 +113,27 @@ class DataConfig(Config):
             return {**DEFAULTS_OF_TYPE.get(values.get("type", "python"), {}), **values}
         return values
 
+    @model_validator(mode="before")
+    @classmethod
+    def _sources_say_their_type(cls, values: Any) -> Any:
+        # A misspelt name is a new source, which by its defaults alone would be this machine's Python files.
+        sources = values.get("sources") if isinstance(values, dict) else None
+        if isinstance(sources, dict):
+            typeless = [name for name, source in sources.items() if isinstance(source, dict) and "type" not in source]
+            others = [str(name) for name in sources if name not in typeless]
+            for name in typeless:
+                near = difflib.get_close_matches(str(name), others, n=1)
+                hint = f"did you mean data.sources.{near[0]}?" if near else f"there are {', '.join(others) or 'no others'};"
+                raise ValueError(
+                    f"data.sources.{name} has no type; {hint} a new source needs data.sources.{name}.type="
+                    f"{'|'.join(DEFAULTS_OF_TYPE)}"
+                )
+        return values
+
     @field_validator("paths", "validation_paths", mode="before")
     @classmethod
     def _one_path(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else () if value is None else value
-
-    @model_validator(mode="after")
-    def _keys_belong_to_the_type(self) -> DataConfig:
-        for key, types in KEYS_OF_TYPE.items():
-            if getattr(self, key) and self.type not in types:
-                reads = "reads no files" if "files" in types else "does not read it"
-                raise ValueError(f"data.{key} is given, but data.type={self.type} {reads}; choose data={types[0]}")
-        return self
 
     @model_validator(mode="after")
     def _mixture_is_whole(self) -> DataConfig:
@@ -132,9 +143,21 @@ class DataConfig(Config):
         usual = DEFAULTS_OF_TYPE["python"]
         for key, field in DataConfig.model_fields.items() if self.sources else ():
             if key not in OF_THE_WHOLE and getattr(self, key) != usual.get(key, field.default):
-                raise ValueError(f"{key}={getattr(self, key)} beside sources; it belongs to a source: sources.NAME.{key}")
+                value = getattr(self, key)
+                shown = f"[{','.join(value)}]" if isinstance(value, tuple) else value
+                raise ValueError(f"{key}={shown} beside sources; it belongs to a source: data.sources.NAME.{key}")
         if self.sources and not any(source.weight for source in self.sources.values()):
             raise ValueError("sources: every weight is 0; give one that is not")
+        return self
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_type(self) -> DataConfig:
+        for key, types in KEYS_OF_TYPE.items():
+            if getattr(self, key) and self.type not in types:
+                reads = "reads no files" if "files" in types else "does not read it"
+                if isinstance(self, SourceConfig):
+                    raise ValueError(f"type={self.type} {reads}, but {key} is given; choose type={types[0]}")
+                raise ValueError(f"data.{key} is given, but data.type={self.type} {reads}; choose data={types[0]}")
         return self
 
     @model_validator(mode="after")
@@ -191,3 +214,15 @@ class TokenizerConfig(Config):
     split_digits: bool = True
     max_piece_length: int = Field(16, gt=0)
     special_tokens: tuple[str, ...] = Field((), description="reserved, as [<|user|>,<|end|>]; of a trained one")
+
+    @field_validator("special_tokens")
+    @classmethod
+    def _tokens_of_their_own(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for i, name in enumerate(value):
+            if not re.search(r"[^\s\u2581]", name):  # the last is how SentencePiece writes a space
+                raise ValueError(f"{name!r} has no visible character; leave it out, or give it a name")
+            if name in value[:i]:
+                raise ValueError(f"{name!r} is there twice; name each once")
+            if BUILT_IN.fullmatch(name):
+                raise ValueError(f"{name!r} is a piece of every trained tokenizer already; leave it out, or choose another")
+        return value

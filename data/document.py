@@ -45,3 +45,11 @@ class Source(Protocol):
 def size_of(text: str) -> int:
     """Bytes of `text` in UTF-8. Raises UnicodeEncodeError for lone surrogates, which UTF-8 cannot hold."""
     return len(text) if text.isascii() else len(text.encode())
+
+
+def in_words(source: Source) -> str:
+    """What `source` reads, for messages."""
+    about = source.description
+    if "first" not in about:
+        return f"the {about.get('type', 'given')} source"
+    return about["first"] if about["files"] == 1 else f"{about['files']} files, the first {about['first']}"

@@ -15,7 +15,7 @@ import sentencepiece
 
 from sieve.data.cache import cache_root, locked, staged
 from sieve.data.config import DataConfig, TokenizerConfig
-from sieve.data.document import Source
+from sieve.data.document import Source, in_words
 from sieve.data.progress import Progress
 from sieve.data.shards import ShardedStore, open_shards
 from sieve.data.sources import FileSource, source_of
@@ -73,7 +73,7 @@ def make_tokenizer(root: Path, source: Source, split: Split, config: TokenizerCo
     parts = [part for document in source.sample(config.sample_bytes) for part in split.parts(document)]
     texts = [text for part, text in parts if part == "train"]
     if not texts:
-        raise ValueError(f"no text to train a tokenizer on: {source.description}, {source.skipped()} were left out")
+        raise ValueError(f"no text to train a tokenizer on in {in_words(source)}: {source.skipped()} were left out")
     settings = config.model_dump_json(exclude={"name", "path"})
     target = root / "tokenizers" / _key(settings, sentencepiece.__version__, *texts)
     model = target / "tokenizer.model"
@@ -141,10 +141,7 @@ def _tokenize(
         bar.update(1.0, *map(sum, zip(*[(w.num_documents, w.num_tokens) for w in writers.values()])))
         for part, writer in writers.items():
             if not writer.num_documents:
-                raise ValueError(
-                    f"data.validation_fraction={data.validation_fraction} leaves no {part} document of "
-                    f"{source.description} ({source.skipped()} left out); give data.validation_paths or more documents"
-                )
+                raise split.nothing_for(part, source, source.skipped())
             writer.finish(
                 part=part, name=data.name, tokenizer=tokenizer.hash, source=source.description,
                 skipped=source.skipped(),

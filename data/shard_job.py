@@ -167,11 +167,8 @@ class _Job:
         self._save()
         empty = [part for part, writer in self._writers.items() if not writer.num_documents]
         if empty:
-            source, _ = self._passes[0 if empty[0] == "train" else -1]
-            raise ValueError(
-                f"there is no {empty[0]} document in {source.description} ({', '.join(self._skipped)} left "
-                "out); change data.validation_fraction, or give validation text of its own or more documents"
-            )
+            source, split = self._passes[0 if empty[0] == "train" else -1]
+            raise split.nothing_for(empty[0], source, ", ".join(self._skipped))
         tokens = self._counts()[1] - self._before[1]
         manifest = {
             "format": FORMAT, "name": self._name, "tokenizer": self._settings["tokenizer"],

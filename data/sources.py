@@ -29,8 +29,14 @@ def source_of(config: DataConfig, *, validation: bool = False, named: str | None
     """The source that `config` names for training, or the one of its own that it names for validation.
 
     named: the setting that gave `config` its files, for messages, where it is not one of data's.
-    ValueError if it is not there, or if the type holds no text.
+    ValueError if it is not there, if the type holds no text, or if `config` is a mixture.
     """
+    if config.sources:
+        raise ValueError(
+            f"data.sources={{{','.join(config.sources)}}} is a mixture, which training alone reads; prepare each source on its "
+            "own (data=files data.paths=..., as it stands in data.sources.NAME), all with one tokenizer.path that was trained "
+            "on one of them, and mix the shards: data.sources.NAME={type:shards,paths:FOLDER}"
+        )
     if config.type == "python":
         return PythonSource(min_bytes=config.min_bytes, max_bytes=config.max_bytes)
     remote = Remote(config.storage_options, config.retries, config.timeout)

@@ -42,6 +42,18 @@ def test_mistakes_are_named(settings, said):
         DataConfig(**settings)
 
 
+@pytest.mark.parametrize("tokens, said", [
+    (["a b", ""], "'' has no visible character"),
+    (["\u2581 \t"], "has no visible character"),
+    (["<a>", "<b>", "<a>"], "'<a>' is there twice; name each once"),
+    *(([name], f"'{name}' is a piece of every trained tokenizer") for name in ("<unk>", "<s>", "</s>", "<pad>", "<0x0A>")),
+])
+def test_special_tokens_have_names_of_their_own(tokens, said):
+    with pytest.raises(ValidationError, match=said):
+        TokenizerConfig(special_tokens=tokens)
+    assert TokenizerConfig(special_tokens=["a b", "<0xYZ>", "<S>"]).special_tokens == ("a b", "<0xYZ>", "<S>")
+
+
 def test_settings_are_frozen():
     with pytest.raises(ValidationError, match="frozen"):
         TokenizerConfig().vocab_size = 7

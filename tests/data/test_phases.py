@@ -15,7 +15,7 @@ def test_one_source_is_one_phase():
 
 def test_a_phase_changes_what_it_names_and_keeps_the_rest():
     data = DataConfig(
-        sources={"a": {"weight": 3, "upsample": {10: 2.0}}, "b": {}},
+        sources={"a": {"type": "python", "weight": 3, "upsample": {10: 2.0}}, "b": {"type": "python"}},
         phases=[
             {"from_tokens": 1000, "seq_len": 400, "global_batch": 1, "micro_batch": 1, "rope_factor": 4},
             {"from_tokens": 3000, "weights": {"a": 0, "b": 1}, "upsample": {7: 3.0}, "packing": "document"},

@@ -128,10 +128,26 @@ def test_too_little_text_says_so(settings, tmp_path):
 def test_no_validation_text_says_so(settings, tmp_path, texts, tokenizer):
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "t.model").write_bytes(tokenizer.model)
-    with pytest.raises(ValueError, match="validation_fraction=0.25 leaves no validation document"):
+    with pytest.raises(ValueError, match=r"no validation document in \S*one.txt .*its one document is too short to be cut"):
         build_stores(DataConfig(**{**settings, "paths": str(tmp_path / "one.txt")}),
                      TokenizerConfig(path=str(tmp_path / "t.model")))
     assert not list((tmp_path / "cache" / "tokens").glob("*/"))
+
+
+def test_a_broken_validation_document_says_what_to_change(settings, corpus):
+    (corpus / "00.txt").write_bytes(b"\xff\xfe broken")
+    with pytest.raises(ValueError, match="raise data.validation_fraction") as error:
+        build_stores(DataConfig(**{**settings, "validation_fraction": 0.02}), SMALL)
+    said = str(error.value)
+    assert f"no validation document in 12 files, the first {corpus}/00.txt (1 broken and 0 under 1 bytes left out)" in said
+    assert "one of 50 documents validates" in said and "(about 0.02 now), or give data.validation_paths" in said
+
+
+def test_broken_validation_files_are_named(settings, tmp_path):
+    (tmp_path / "held.txt").write_bytes(b"\xff\xfe broken")
+    with pytest.raises(ValueError, match=r"no validation document in \S*held.txt .*name other files") as error:
+        build_stores(DataConfig(**{**settings, "validation_paths": str(tmp_path / "held.txt")}), SMALL)
+    assert "validation_fraction" not in str(error.value)
 
 
 def test_python_corpus_by_default(tmp_path):

@@ -57,6 +57,7 @@ MISTAKES = [
     (["data=files", "data.paths=[/nowhere/at/all]", "out=OUT"], "data.paths: '/nowhere/at/all' does not exist"),
     (["data=files", "out=OUT"], "data.paths is empty"),
     (["data=shards", "data.paths=[x]", "out=OUT"], "data.type=shards holds tokens, not text"),
+    (["data=books-python", "out=OUT"], "data.sources={books,python} is a mixture, which training alone reads; prepare each"),
     (["tokenizer.path=nothing", "data.max_bytes=10000", "out=OUT"], "tokenizer.path=nothing cannot be read"),
 ]
 OF_PREPARE = [

@@ -60,8 +60,12 @@ MISTAKES = [
     ("data.paths=[a]", "data.paths is given, but data.type=python reads no files; choose data=files"),
     # mixtures and phases
     ("data=books-python data.sources.books.wieght=2", "sources.books: SourceConfig has no key 'wieght'; did you mean weight"),
+    ("data=books-python data.sources.book.weight=2", "data.sources.book has no type; did you mean data.sources.books? a new"),
+    ("data.sources={x:{weight:1},code:{type:python}}", "data.sources.x has no type; there are code; a new source needs data."),
     ("data=books-python data.sources.books.weight=-2", "data.sources.books.weight=-2: must be greater than or equal to 0"),
-    ("data=books-python data.max_bytes=3", "data.max_bytes=3 beside sources; it belongs to a source: sources.NAME.max_bytes"),
+    ("data=books-python data.max_bytes=3", "data.max_bytes=3 beside sources; it belongs to a source: data.sources.NAME.max"),
+    ("data=books-python data.paths=txt", "data.paths=[txt] beside sources; it belongs to a source: data.sources.NAME.paths"),
+    ("data=books-python data.sources.python.paths=txt", "data.sources.python.type=python reads no files, but paths is"),
     ("data=books-python data.sources.books.workers=3", "data.sources.books.workers=3: is set for the whole mixture"),
     ("data.packing=bestfit", "must be 'concatenate', 'best_fit' or 'document'; did you mean best_fit?"),
     ("data.phases=[{from_tokens:9,seqlen:64}]", "data.phases[0]: PhaseConfig has no key 'seqlen'; did you mean seq_len?"),
@@ -71,6 +75,7 @@ MISTAKES = [
     ("data.phases=[{from_tokens:9,global_batch:6,micro_batch:4}]", "data.phases[0].global_batch=6 is not divisible by"),
     ("data=books-python data.phases=[{from_tokens:9,weights:{book:1}}]", "must name each of sources, which are books, python"),
     ("data.upsample={64:-1}", "data.upsample.64=-1: must be greater than or equal to 0"),
+    ('tokenizer.special_tokens=["<s>"]', "tokenizer.special_tokens=[<s>]: '<s>' is a piece of every trained tokenizer already"),
     # syntax
     ("steps", "steps: is not KEY=VALUE"),
     ("steps==3", "steps==3: cannot be read as KEY=VALUE"),
