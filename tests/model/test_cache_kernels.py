@@ -39,7 +39,7 @@ def device():
 
 
 @pytest.mark.parametrize("geometry", [
-    {}, {"kernel_size": 12, "window_size": 5}, pytest.param({"kernel_size": 4}, marks=pytest.mark.slow),
+    {}, *(pytest.param(c, marks=pytest.mark.slow) for c in [{"kernel_size": 12, "window_size": 5}, {"kernel_size": 4}]),
 ], ids=str)  # fmt: skip
 def test_caches_and_logits_are_the_same_to_the_bit(model, attention, build, device, geometry, monkeypatch):
     """Prefixes before and at the ends of blocks and of the window, shorter than a block, and longer than all of it.
