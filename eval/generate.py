@@ -15,15 +15,14 @@ from sieve.model.step import Step, why_not_graph
 
 def generate(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, *, stop_ids: Sequence[int] = (),
-    prefill: int | None = None, graph: bool | None = None, exact: bool = False,
+    prefill: int | None = None, graph: bool | None = None,
 ) -> Iterator[dict[int, int]]:
     """Yields {row: token} of every text that still goes on, step by step; send() a set of rows to end those too.
 
     A text ends after one of stop_ids or max_tokens; finished ones leave the batch. prefill: prompt tokens a sequence
     taken in at a time, which bounds memory (None: all). graph: replay steps from a CUDA graph, captured anew when texts
-    end (None: where that can be; see sieve.model.step). exact: see sieve.model.cache.Cache. Raises ValueError for an empty
-    prompt, for a graph that cannot be had, and where the cache, which has room for max_tokens from the start, does not fit
-    into free memory.
+    end (None: where that can be; see sieve.model.step). Raises ValueError for an empty prompt, for a graph that cannot be had,
+    and where the cache, which has room for max_tokens from the start, does not fit into free memory.
     """
     empty = [row for row, prompt in enumerate(prompts) if not prompt]
     if empty or not prompts:
@@ -31,18 +30,18 @@ def generate(
     training = model.training
     model.eval()
     try:
-        yield from _generate(model, prompts, sampling, frozenset(stop_ids), prefill, graph, exact)
+        yield from _generate(model, prompts, sampling, frozenset(stop_ids), prefill, graph)
     finally:
         model.train(training)
 
 
 def _generate(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, stop_ids: frozenset[int], prefill: int | None,
-    graph: bool | None, exact: bool,
+    graph: bool | None,
 ) -> Iterator[dict[int, int]]:
     device = model.embed.weight.device
     check_fits(model, len(prompts), max(map(len, prompts)), sampling.max_tokens)
-    cache = model.new_cache(len(prompts), max(map(len, prompts)) + sampling.max_tokens, exact=exact)
+    cache = model.new_cache(len(prompts), max(map(len, prompts)) + sampling.max_tokens)
     logits = None
     step = prefill or max(map(len, prompts))
     for start in range(0, max(map(len, prompts)), step):
@@ -94,11 +93,11 @@ def free_bytes(device: torch.device) -> int:
 
 def complete(
     model: Decoder, prompts: Sequence[Sequence[int]], sampling: Sampling, *, stop_ids: Sequence[int] = (),
-    prefill: int | None = None, graph: bool | None = None, exact: bool = False,
+    prefill: int | None = None, graph: bool | None = None,
 ) -> list[list[int]]:
     """The new tokens of each prompt, a stop id included; arguments as generate's."""
     found: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate(model, prompts, sampling, stop_ids=stop_ids, prefill=prefill, graph=graph, exact=exact):
+    for tokens in generate(model, prompts, sampling, stop_ids=stop_ids, prefill=prefill, graph=graph):
         for row, token in tokens.items():
             found[row].append(token)
     return found
@@ -154,7 +153,7 @@ def _overlap(text: str, stop: str) -> int:
 def generate_text(
     model: Decoder, encode: Callable[[str], list[int]], decode: Callable[[Sequence[int]], str], prompts: Sequence[str],
     sampling: Sampling, *, stop: Sequence[str] = (), stop_ids: Sequence[int] = (), prefill: int | None = None,
-    exact: bool = False, show: Callable[[int, str], None] = lambda row, piece: None,
+    show: Callable[[int, str], None] = lambda row, piece: None,
 ) -> list[str]:
     """The continuation of each prompt, without stop ids and stop strings; show(row, piece) gets it as it comes.
 
@@ -169,7 +168,7 @@ def generate_text(
             show(row, piece)
 
     ids = [encode(prompt) for prompt in prompts]
-    steps = generate(model, ids, sampling, stop_ids=stop_ids, prefill=prefill, exact=exact)
+    steps = generate(model, ids, sampling, stop_ids=stop_ids, prefill=prefill)
     ended: set[int] | None = None
     try:
         while True:

@@ -112,9 +112,9 @@ class NSACache(LayerCache):
     l tokens before phi that the next block may begin with, k_raw and v_raw. With share_kv the window and v_raw are
     read from the selection's."""
 
-    def __init__(self, *args, geometry: Geometry, exact: bool) -> None:
-        """args: LayerCache's. kernels: whether a step of one token a sequence is stored by Triton's. exact: see Cache."""
-        self.geometry, self.exact, device = geometry, exact, args[3]
+    def __init__(self, *args, geometry: Geometry) -> None:
+        """args: LayerCache's. kernels: whether a step of one token a sequence is stored by Triton's."""
+        self.geometry, device = geometry, args[3]
         self.kernels = device.type == "cuda" and importlib.util.find_spec("triton") is not None
         super().__init__(*args)
 
@@ -236,12 +236,11 @@ class Cache:
     """The caches of all layers for `batch` sequences, with room for `capacity` tokens each (see `reserve`).
 
     lengths: int32 [B] on the device, tokens of each sequence so far. longest: the most of them, known on the host.
-    exact: NSA's steps choose blocks by training's own kernels (sieve.kernels.nsa.decode_choice).
     """
 
     def __init__(
         self, model: ModelConfig, attention: AttentionConfig, batch: int, capacity: int, *,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, exact: bool = False,
+        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
     ) -> None:
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch={batch} and capacity={capacity} must be at least 1")
@@ -249,7 +248,7 @@ class Cache:
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
         self._host = [0] * batch
         self.layers = [
-            _layer(kind, model, attention, batch, torch.device(device), dtype, exact)
+            _layer(kind, model, attention, batch, torch.device(device), dtype)
             for kind in attention.layer_types(model.num_layers)
         ]
         self.reserve(capacity)
@@ -313,7 +312,7 @@ class Cache:
 
 
 def _layer(
-    kind: str, model: ModelConfig, attention: AttentionConfig, batch: int, device: torch.device, dtype: torch.dtype, exact: bool
+    kind: str, model: ModelConfig, attention: AttentionConfig, batch: int, device: torch.device, dtype: torch.dtype
 ) -> LayerCache:
     dim_qk, dim_v, rest = model.head_dim_qk, model.head_dim_v, (device, dtype)
     if kind != "nsa":
@@ -322,4 +321,4 @@ def _layer(
     names = ["k_slc", "v_slc", "k_cmp", "v_cmp", "k_raw"]
     names += [] if attention.share_kv else ["v_raw", "k_win", "v_win"]
     dims = {name: dim_qk if name[0] == "k" else dim_v for name in names}
-    return NSACache(batch, model.num_kv_heads, dims, *rest, geometry=attention.geometry(), exact=exact)
+    return NSACache(batch, model.num_kv_heads, dims, *rest, geometry=attention.geometry())

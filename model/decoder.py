@@ -183,13 +183,10 @@ class Decoder(nn.Module):
             cache.count(counts)
         return self.norm(x)
 
-    def new_cache(self, batch: int, capacity: int, *, exact: bool = False) -> Cache:
-        """An empty cache of this model for `batch` sequences of up to `capacity` tokens, where and as its weights are; exact:
-        see Cache."""
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache of this model for `batch` sequences of up to `capacity` tokens, where and as its weights are."""
         weight = self.embed.weight
-        return Cache(
-            self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype, exact=exact
-        )
+        return Cache(self.config, self.attention_config, batch, capacity, device=weight.device, dtype=weight.dtype)
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
         """What `new_cache` would take, without taking it."""

@@ -182,7 +182,7 @@ class NSA(nn.Module):
         out, indices = nsa_decode(
             chunk.pad(q), cache["k_cmp"], cache["v_cmp"], cache["k_slc"], cache["v_slc"], keys, values,
             chunk.pad(gates), chunk.query, position, chunk.longest, self.geometry, scale=self.scale,
-            impl="reference" if self.impl == "sdpa" else self.impl, exact=cache.exact,
+            impl="reference" if self.impl == "sdpa" else self.impl,
         )
         return chunk.unpad(out), chunk.unpad(indices)
 

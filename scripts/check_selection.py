@@ -9,11 +9,10 @@ lighter than one passed over, in float64 and by the forward's queries and keys. 
 queries, keys and values, so that they compare the operator alone:
 
     run        several tokens at once: the second half of each text
-    step       one token at a time: the decode kernels
-    exact      the same with exact=True
+    step       one token at a time: the decode kernels; with how many choices hung by rounding, so that they made them anew
+    anew       the same where they make every choice anew
     prefill    the whole model, the prompts' second part through the cache
     steps      the whole model, the texts' end a token at a time
-    exact steps  the same with new_cache(..., exact=True)
     compiled   the forward again, by compiled layers as training runs it: what the two before are to be judged by
 
 Prints a table; on a machine without GPUs it runs at toy size, with what runs there.
@@ -22,10 +21,11 @@ Prints a table; on a machine without GPUs it runs at toy size, with what runs th
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -60,9 +60,11 @@ class Text:
 
 @dataclass
 class Tally:
-    """Choices compared, and of each that differs the importance by which it is lighter, as a share of all blocks'."""
+    """Choices compared, those of them that were made anew, and of each that differs the importance by which it is lighter, as
+    a share of all blocks'."""
 
     compared: int = 0
+    near: int = 0
     lost: list[float] = field(default_factory=list)
 
     def add(self, ours: Tensor, text: Text, layer: int, first: int) -> None:
@@ -83,7 +85,7 @@ class Tally:
     def told(self) -> dict[str, float]:
         found = torch.tensor(self.lost or [0.0], dtype=torch.float64)
         return {
-            "choices": self.compared, "different": len(self.lost), "lost_median": float(found.median()),
+            "choices": self.compared, "near": self.near, "different": len(self.lost), "lost_median": float(found.median()),
             "lost_most": float(found.max()),
         }
 
@@ -131,8 +133,9 @@ def whole(model: Decoder, tokens: Tensor) -> Text:
 
 
 @torch.no_grad()
-def step_of(text: Text, layer: int, positions: Tensor, impl: str, exact: bool) -> Tensor:
-    """int32 [n, Hkv, topk]: the choices of n steps at `positions`, given what the forward's operator got."""
+def step_of(text: Text, layer: int, positions: Tensor, *, anew: bool = False) -> tuple[Tensor, int]:
+    """int32 [n, Hkv, topk]: the choices of n steps at `positions`, given what the forward's operator got, and how many of them
+    the decode kernels made anew: all that there are to make, if `anew`."""
     (q, k_cmp, v_cmp, k_slc, v_slc, _, _, gates, _, geometry), options = text.inputs[layer]
     n, spare = len(positions), -len(k_cmp) % 16 or 16
     caches = []
@@ -142,13 +145,21 @@ def step_of(text: Text, layer: int, positions: Tensor, impl: str, exact: bool) -
     # The choice reads no window.
     window = [x.new_zeros(1, 1, 1, 1).expand(n, x.shape[1], geometry.window_size, x.shape[2]) for x in (k_slc, v_slc)]
     query = positions.int()[:, None]
+    args = (q[positions][:, None], *caches, *window, gates[positions][:, None], query)
+    if q.device.type == "cuda":
+        from sieve.kernels.nsa.decode_tiles import DecodeTiles  # needs the package triton, as the next
+        from sieve.kernels.nsa.decode_triton import launches
+
+        tiles = DecodeTiles.of(q.shape[1] // k_cmp.shape[1], q.shape[2], v_cmp.shape[2], q.dtype, q.device)
+        tiles = replace(tiles, margin=math.inf) if anew else tiles
+        found = launches(*args, geometry, scale=options["scale"], tiles=tiles)
+        for call in found.calls.values():
+            call()
+        return found.index[:, 0], int(found.near.sum())
     place = torch.arange(geometry.window_size, dtype=torch.int32, device=q.device)
     held = (query - torch.remainder(query - place, geometry.window_size)).clamp(min=-1)
-    _, indices = nsa_decode(
-        q[positions][:, None], *caches, *window, gates[positions][:, None], query, held, len(q), geometry,
-        scale=options["scale"], impl=impl, exact=exact,
-    )
-    return indices[:, 0]
+    _, indices = nsa_decode(*args, held, len(q), geometry, scale=options["scale"], impl="reference")
+    return indices[:, 0], 0
 
 
 @torch.no_grad()
@@ -173,20 +184,20 @@ def compare(model: Decoder, tokens: Sequence[Tensor], steps: int) -> dict[str, d
     texts, layers = [whole(model, t) for t in tokens], range(len(nsa_layers(model)))
     device = tokens[0].device
     gpu = device.type == "cuda"
-    names = ("run", "step", "exact", "prefill", "steps", "exact steps", "compiled") if gpu else ("step", "prefill", "steps")
+    names = ("run", "step", "anew", "prefill", "steps", "compiled") if gpu else ("step", "prefill", "steps")
     found = {name: Tally() for name in names}
     for text in texts:
         for layer in layers:
             for part in torch.arange(len(text.tokens), device=device).split(TOGETHER):
-                for exact in (False, True) if gpu else (False,):
-                    ours = step_of(text, layer, part, "triton" if gpu else "reference", exact)
-                    found["exact" if exact else "step"].add(ours, text, layer, int(part[0]))
+                for name in ("step", "anew") if gpu else ("step",):
+                    ours, near = step_of(text, layer, part, anew=name == "anew")
+                    found[name].add(ours, text, layer, int(part[0]))
+                    found[name].near += near
             if gpu:
                 past = len(text.tokens) // 2
                 found["run"].add(run_of(text, layer, past), text, layer, past)
-    _prefill_and_steps(model, texts, steps, found["prefill"], found["steps"], exact=False)
+    _prefill_and_steps(model, texts, steps, found["prefill"], found["steps"])
     if gpu:
-        _prefill_and_steps(model, texts, steps, Tally(), found["exact steps"], exact=True)
         model.compile_layers()
         for text in texts:
             for layer, ours in enumerate(chosen_compiled(model, text)):
@@ -194,9 +205,9 @@ def compare(model: Decoder, tokens: Sequence[Tensor], steps: int) -> dict[str, d
     return {name: tally.told for name, tally in found.items()}
 
 
-def _prefill_and_steps(model: Decoder, texts: list[Text], steps: int, prefill: Tally, last: Tally, *, exact: bool) -> None:
+def _prefill_and_steps(model: Decoder, texts: list[Text], steps: int, prefill: Tally, last: Tally) -> None:
     layers, tokens = range(len(nsa_layers(model))), [text.tokens for text in texts]
-    cache, done = model.new_cache(len(texts), max(map(len, tokens)), exact=exact), [0] * len(texts)
+    cache, done = model.new_cache(len(texts), max(map(len, tokens))), [0] * len(texts)
     for share in (2, 1):  # half of each prompt, which is the whole forward's still, then the rest
         upto = [(len(t) - steps) // share for t in tokens]
         new = [t[a:b] for t, a, b in zip(tokens, done, upto)]
@@ -270,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = origin(argv, "python scripts/check_selection.py") | {"found": []}
     device = torch.device("cuda" if gpu else "cpu")
     names = [] if options.models == "none" else options.models.split(",")
-    print(f"{'model':20} {'dtype':5} {'compared':11} {'choices':>9} {'different':>9} {'share':>8}   lost: median, most")
+    head = f"{'model':20} {'dtype':5} {'compared':9} {'choices':>9} {'anew':>9} {'different':>9} {'share':>8}"
+    print(f"{head}   lost: median, most")
     for name in [*options.checkpoints, *names]:
         for dtype in dtypes:
             if name in options.checkpoints:
@@ -282,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                 run["found"].append({"model": name, "dtype": dtype, "compared": part} | told)
                 share = told["different"] / max(told["choices"], 1)
                 print(
-                    f"{name:20.20} {dtype:5} {part:11} {told['choices']:9} {told['different']:9} {share:8.5f}   "
-                    f"{told['lost_median']:.1e} {told['lost_most']:.1e}", flush=True,
+                    f"{name:20.20} {dtype:5} {part:9} {told['choices']:9} {told['near']:9} {told['different']:9} {share:8.5f}"
+                    f"   {told['lost_median']:.1e} {told['lost_most']:.1e}", flush=True,
                 )
             if options.out:
                 write_json(options.out, run)

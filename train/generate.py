@@ -34,7 +34,6 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--stop", action="append", default=[], help="end before this text; \\n and \\t are understood")
     made.add_argument("--ignore-eos", action="store_true", help="go on after the end of a document")
     made.add_argument("--prefill", type=int, help="prompt tokens taken in at a time (all)")
-    made.add_argument("--exact", action="store_true", help="on a GPU choose NSA's blocks by training's kernels; slower")
     made.add_argument("--no-stream", action="store_true", help="print a text when it is complete")
     made.add_argument("--runs-dir", default="runs", help="where runs given by name lie")
     made.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
@@ -110,7 +109,7 @@ def _run(options: argparse.Namespace) -> int:
             print(piece, end="", flush=True)
 
     found = generate_text(
-        loaded.decoder, text.prompt, text.decode, prompts, sampling, show=show, prefill=options.prefill, exact=options.exact,
+        loaded.decoder, text.prompt, text.decode, prompts, sampling, show=show, prefill=options.prefill,
         stop=[stop.replace("\\n", "\n").replace("\\t", "\t") for stop in options.stop],
         stop_ids=[] if options.ignore_eos or text.eos_id is None else [text.eos_id],
     )

@@ -19,7 +19,26 @@ from sieve.kernels.common.launch import unit_stride
 from sieve.kernels.nsa.compress_tiles import Tile, doc_slots, forward_tile, seen_of, slot_descriptors, whole_slots
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.kernels.nsa.layout import Packing
-from sieve.kernels.nsa.runs_launch import attend, serves
+from sieve.kernels.nsa.runs_launch import attend, serves, slots_together
+
+
+@triton.jit
+def softmax_step(s, top, total, factor, MASKED: tl.constexpr):
+    """One step of the running softmax over scores [ROWS, SLOTS], -inf where not seen: the weights, what earlier sums shrink by,
+    the largest score so far and the sum of weights. MASKED: a row may have seen nothing yet."""
+    higher = tl.maximum(top, tl.max(s, 1) * factor)
+    # Then any finite number here keeps its weights at 0 instead of NaN.
+    shift = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+    p = tl.exp2(s * factor - shift[:, None])
+    shrink = tl.exp2(top - shift)
+    return p, shrink, higher, total * shrink + tl.sum(p, 1)
+
+
+@triton.jit
+def natural_lse(top, total):
+    """-inf for a row that saw nothing."""
+    LN_2: tl.constexpr = 0.6931471805599453
+    return tl.where(total > 0.0, (top + tl.log2(tl.where(total > 0.0, total, 1.0))) * LN_2, float("-inf"))
 
 
 @triton.jit
@@ -37,13 +56,7 @@ def _sweep(
         if MASKED:
             slot = first + tl.arange(0, SLOTS)
             s = tl.where(slot[None, :] < row_end[:, None], s, float("-inf"))
-        higher = tl.maximum(top, tl.max(s, 1) * factor)
-        # A row that has seen nothing yet: any finite number here keeps its weights at 0 instead of NaN.
-        shift = tl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
-        p = tl.exp2(s * factor - shift[:, None])
-        shrink = tl.exp2(top - shift)
-        total = total * shrink + tl.sum(p, 1)
-        top = higher
+        p, shrink, top, total = softmax_step(s, top, total, factor, MASKED)
         v0 = v0_desc.load([first, kv_head * (E0 + E1)])
         p = p.to(v0.dtype)
         acc0 = tl.dot(p, v0, acc0 * shrink[:, None], input_precision="ieee")
@@ -97,24 +110,23 @@ def _forward(
             tl.where(row_doc == doc, begin + row_seen, 0), factor, D0, D1, E0, E1, SLOTS, True,
         )  # fmt: skip
 
-    seen = total > 0.0
-    total = tl.where(seen, total, 1.0)
-    LN_2: tl.constexpr = 0.6931471805599453
-    lse = tl.where(seen, (top + tl.log2(total)) * LN_2, float("-inf"))
     at = token.to(tl.int64) * HEADS + head
-    tl.store(lse_ptr + at, lse, mask=row_ok)
+    tl.store(lse_ptr + at, natural_lse(top, total), mask=row_ok)
     o_at = o_ptr + (at * (E0 + E1))[:, None]
-    scale = (1.0 / total)[:, None]
+    scale = (1.0 / tl.where(total > 0.0, total, 1.0))[:, None]
     tl.store(o_at + tl.arange(0, E0)[None, :], (acc0 * scale).to(o_ptr.dtype.element_ty), mask=row_ok[:, None])
     if E1 > 0:
         tl.store(o_at + E0 + tl.arange(0, E1)[None, :], (acc1 * scale).to(o_ptr.dtype.element_ty), mask=row_ok[:, None])
 
 
-def tokens_together(q: Tensor, kv_heads: int, d_v: int, geometry: Geometry) -> int:
-    """How many of the queries q [T, H, Dqk] a tile holds. A tile of at most kernel_size tokens looks at the slots of the first
-    of its documents alone, since in a row the first tokens of the others see none."""
+def softmax_tile(q: Tensor, kv_heads: int, d_v: int, geometry: Geometry) -> tuple[int, int]:
+    """(rows that four warps hold, slots of a step) of compressed_attention_fwd for q [T, H, Dqk]: the last bits of lse are
+    those of sums in this order."""
     group, d_qk = q.shape[1] // kv_heads, q.shape[2]
-    return 128 // group if serves(q, kv_heads, d_v, geometry) else forward_tile(group, d_qk, d_v, q.dtype).rows // group
+    if serves(q, kv_heads, d_v, geometry):
+        return 64, slots_together(d_qk, d_v)
+    tile = forward_tile(group, d_qk, d_v, q.dtype)
+    return max(tile.rows * 4 // tile.num_warps, triton.next_power_of_2(group)), tile.slots
 
 
 def compressed_attention_fwd(

@@ -53,7 +53,6 @@ def resolve_impl(
 def nsa_decode(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
     query: Tensor, window_key: Tensor, longest: int, geometry: Geometry, *, scale: float, impl: Impl = "auto",
-    exact: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What nsa_attention gives the last n tokens of B sequences of different lengths, their keys in caches.
 
@@ -65,9 +64,8 @@ def nsa_decode(
     k_win [B, Hkv, W, Dqk], v_win [B, Hkv, W, Dv]: the window's tokens in any order, at positions window_key int32 [B, W]
         (-1: none); with n = 1, W = window_size and position p lies in place p % W.
     longest: on the host, at least every query's position + 1.
-    exact: the decode kernels read the blocks that training's kernels would, to the last bit, for some more time; without, they
-        may take the other one of two blocks whose importances agree to the last bits. The reference has no other way.
-    Returns out [B, n, H, Dv] in q's dtype and int32 [B, n, Hkv, topk], as nsa_attention's. No gradient.
+    Returns out [B, n, H, Dv] in q's dtype and int32 [B, n, Hkv, topk], as nsa_attention's: given the same queries and
+        compressed keys, the blocks that training's kernels choose on the device, to the last bit. No gradient.
     Raises ValueError on shapes that do not fit together, and on an impl that cannot be had.
     """
     (B, n, H, Dqk), (_, Hkv, S, Dv) = q.shape, v_slc.shape
@@ -91,5 +89,5 @@ def nsa_decode(
     args = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, query, window_key, longest, geometry)
     with torch.no_grad():
         if resolve_impl(impl, q.device, q.dtype, n, Dqk, Dv) == "triton":
-            return importlib.import_module(TRITON_MODULE).nsa_decode(*args, scale=scale, exact=exact)
+            return importlib.import_module(TRITON_MODULE).nsa_decode(*args, scale=scale)
         return decode_reference.nsa_decode(*args, scale=scale)

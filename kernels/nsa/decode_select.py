@@ -19,7 +19,8 @@ from sieve.kernels.common.split_keys import (
     part_range,
     store_part,
 )
-from sieve.kernels.nsa.decode_weigh import ahead_of
+from sieve.kernels.nsa.decode_ties import choose_as_training, near
+from sieve.kernels.nsa.decode_weigh import FORCED, ahead_of
 
 
 @triton.jit
@@ -31,14 +32,20 @@ def _rank(rank_ptr, place, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHA
 
 @triton.jit
 def _pick(
-    rank_ptr, block_ptr, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr, TOPK: tl.constexpr,
-    WIDTH: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr,
+    rank_ptr, block_ptr, rest_ptr, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr,
+    TOPK: tl.constexpr, WIDTH: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr, SHARES_PADDED: tl.constexpr,
 ):  # fmt: skip
-    """int32 [WIDTH]: the TOPK blocks of largest rank, of equals the lower block, ascending, then -1.
+    """int32 [WIDTH]: the TOPK blocks of largest rank, of equals the lower block, ascending, then -1; the smallest rank of
+    those, and the largest of all others, -1 if there are none.
 
     rank, block [COUNT]: KEPT blocks of each share, ascending, so that places order as blocks do; MINE of them are
-    compared with THEIRS at a time. A query with no more blocks than it may choose takes them all, whatever lies there.
+    compared with THEIRS at a time. rest [COUNT / KEPT]: the largest rank in each share that it does not keep. A query with no
+    more blocks than it may choose takes them all, whatever lies there.
     """
+    share = tl.arange(0, SHARES_PADDED)
+    rest = tl.load(rest_ptr + share, mask=share < COUNT // KEPT, other=-1)
+    most = tl.max(tl.where(share * SHARE <= current, rest, -1), 0)
+    least = FORCED
     order = tl.arange(0, WIDTH)
     picked = tl.zeros([WIDTH], tl.int32)
     before = 0
@@ -51,24 +58,32 @@ def _pick(
             their_place = other + tl.arange(0, THEIRS)
             ahead += ahead_of(_rank(rank_ptr, their_place, current, COUNT, KEPT, SHARE), their_place, rank, place)
         chosen = ((ahead < TOPK) & (place < COUNT)).to(tl.int32)
+        least = tl.minimum(least, tl.min(tl.where(chosen > 0, rank, FORCED), 0))
+        most = tl.maximum(most, tl.max(tl.where((ahead >= TOPK) & (place < COUNT), rank, -1), 0))
         position = before + tl.cumsum(chosen, 0) - chosen
         here = (chosen > 0)[:, None] & (position[:, None] == order[None, :])
         picked += tl.sum(tl.where(here, block[:, None], 0), 0)
         before += tl.sum(chosen, 0)
     picked = tl.where(current < TOPK, order, picked)
-    return tl.where((order < TOPK) & (order <= current), picked, -1)
+    return tl.where((order < TOPK) & (order <= current), picked, -1), least, most
 
 
 @triton.jit
 def select(
-    q_ptr, k_ptr, v_ptr, query_ptr, rank_ptr, block_ptr, index_ptr, o_ptr, stat_ptr,
-    stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, factor,
+    q_ptr, k_ptr, v_ptr, k_cmp_ptr, query_ptr, rank_ptr, block_ptr, rest_ptr, reach_ptr, scratch_ptr, index_ptr, near_ptr,
+    o_ptr, stat_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, k_cmp_b, k_cmp_h, k_cmp_n, slots,
+    factor,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
-    BLOCK: tl.constexpr, TOPK: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, KEPT: tl.constexpr,
-    COUNT: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr, SLC: tl.constexpr,
-    GIVEN: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, OVERLAP: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
+    TOPK: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr,
+    MINE: tl.constexpr, THEIRS: tl.constexpr, SHARES_PADDED: tl.constexpr, SLC: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr, A_PADDED: tl.constexpr, ROW: tl.constexpr,
+    LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr, LSE_ROWS: tl.constexpr, LSE_SLOTS: tl.constexpr,
+    COLUMNS: tl.constexpr, SCORE_SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv, SLC). rank, block: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice, written or GIVEN."""
+    """Grid (B * Hkv, SLC). rank, block, rest, reach: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice. near int32
+    [B * Hkv]: whether it hung by rounding, so that choose_as_training made it, with a row of scratch fp32 [B * Hkv * SLC, ROW]
+    for each program."""
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch, kv_head = pair_of(pair, HEADS_KV)
@@ -78,13 +93,25 @@ def select(
     current = at // BLOCK
     candidates = pair.to(tl.int64) * COUNT
     order = tl.arange(0, WIDTH)
-    if GIVEN:
-        picked = tl.load(index_ptr + pair * TOPK + order, mask=order < TOPK, other=-1)
+    shares = pair * (COUNT // KEPT)
+    reach = tl.load(reach_ptr + shares)
+    picked, least, most = _pick(
+        rank_ptr + candidates, block_ptr + candidates, rest_ptr + shares, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE,
+        THEIRS, SHARES_PADDED,
+    )  # fmt: skip
+    doubtful = (current >= TOPK) & near(least, most, reach)
+    tl.store(near_ptr + pair, doubtful.to(tl.int32), mask=part == 0)
+    index_ptr += pair * TOPK
+    if doubtful:
+        choose_as_training(
+            q_ptr, k_cmp_ptr + batch * k_cmp_b + kv_head * k_cmp_h,
+            scratch_ptr + (pair * SLC + part).to(tl.int64) * ROW, index_ptr, pair * GROUP, at, slots, k_cmp_n,
+            (ROW - GROUP) // 2, factor, GROUP, PADDED, D0, D1, KERNEL, STRIDE, BLOCK, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
+            A_PADDED, LSE_ROWS, LSE_SLOTS, COLUMNS, SCORE_SLOTS,
+        )  # fmt: skip
+        picked = tl.load(index_ptr + order, mask=order < TOPK, other=-1)
     else:
-        picked = _pick(
-            rank_ptr + candidates, block_ptr + candidates, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS
-        )
-        tl.store(index_ptr + pair * TOPK + order, picked, mask=(order < TOPK) & (part == 0))
+        tl.store(index_ptr + order, picked, mask=(order < TOPK) & (part == 0))
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
     begin, end = part_range(tl.minimum(current + 1, TOPK) * BLOCK, part, SLC, KEYS)

@@ -13,6 +13,8 @@ MOST_SHARE = 256  # blocks that one program can compare with one another in regi
 WEIGHED = 1024  # scores that one warp holds
 # Registers of a program that weighs all heads of a group at once: three programs of eight warps fit on a multiprocessor.
 WEIGH_REGISTERS = 80
+# As training's tiles have, in the order of whose sums a choice is made anew.
+SELECT_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class DecodeTiles:
 
     programs, select_programs: about how many of those launches' run at once. share: blocks that one program weighs, a
     power of two up to MOST_SHARE; None: see `share_of`. overlap: launches begin before those ahead of them end; None: see
-    `sieve.kernels.common.launch.overlaps`.
+    `sieve.kernels.common.launch.overlaps`. margin: what share of importance rounding is taken to move at most, for each unit
+    of 8 + |lse|; inf: training's kernels' order makes every choice.
     """
 
     first: Tile
@@ -30,6 +33,11 @@ class DecodeTiles:
     select_programs: int
     share: int | None
     overlap: bool | None
+    margin: float = 2.0**-21
+
+    def __post_init__(self) -> None:
+        if self.select.num_warps != SELECT_WARPS:
+            raise ValueError(f"select={self.select} must have {SELECT_WARPS} warps: others add sums in another order than training")
 
     @classmethod
     def of(cls, group: int, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device) -> DecodeTiles:
@@ -37,7 +45,7 @@ class DecodeTiles:
         # Measured for 128/128 in bf16 on an H200 (`sieve bench decode --sweep`); three loads of half the size under way.
         halves = dtype != torch.float32 and d_qk + d_v == 256
         first = replace(tile, keys=tile.keys // 2, num_stages=4) if halves else tile
-        return cls(first, tile, 2 * programs, programs, None, None)
+        return cls(first, replace(tile, num_warps=SELECT_WARPS), 2 * programs, programs, None, None)
 
 
 def share_of(blocks: int, kept: int) -> int:

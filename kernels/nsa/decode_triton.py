@@ -23,38 +23,38 @@ from torch import Tensor
 from sieve.kernels.common.dims import split_dim
 from sieve.kernels.common.launch import overlap_options, overlaps, unit_stride
 from sieve.kernels.common.split_keys import heads_together, parts_of
-from sieve.kernels.nsa.decode_choice import choose
+from sieve.kernels.nsa.compress_fwd import softmax_tile
 from sieve.kernels.nsa.decode_compress import compress_and_window
 from sieve.kernels.nsa.decode_select import finish, select
 from sieve.kernels.nsa.decode_tiles import WEIGH_REGISTERS, DecodeTiles, heads_weighed, share_of, weigh_warps
 from sieve.kernels.nsa.decode_weigh import weigh_and_merge
 from sieve.kernels.nsa.geometry import Geometry
+from sieve.kernels.nsa.scores_topk import scores_tile, topk_row
 
 COMPARED = 16384  # pairs of blocks that a program compares at once, a quarter where it holds the scores too
 
 
 class Launches(NamedTuple):
-    """The four launches in their order, and what they write to."""
+    """The four launches in their order, and what they write to. near: int32 [B * Hkv], whether the choice hung by rounding."""
 
     calls: dict[str, Callable[[], object]]
     out: Tensor
     index: Tensor
+    near: Tensor
 
 
 def nsa_decode(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    query: Tensor, window_key: Tensor, longest: int, geometry: Geometry, *, scale: float, exact: bool = False,
+    query: Tensor, window_key: Tensor, longest: int, geometry: Geometry, *, scale: float,
     tiles: DecodeTiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See sieve.kernels.nsa.decode, n = 1: out [B, 1, H, Dv] and the selected blocks int32 [B, 1, Hkv, topk].
 
-    window_key and, unless `exact`, longest play no part: sequences' own lengths and the caches' shapes do. Scratch memory: fp32
-    [B, H, C] and smaller. scale must be positive.
+    window_key and longest play no part: sequences' own lengths and the caches' shapes do. Scratch memory: fp32 [B, H, C] and
+    smaller. scale must be positive.
     Raises ValueError on more than one token a sequence, and for head dimensions without a kernel.
     """
-    chosen = choose(q, k_cmp, v_cmp, query, longest, geometry, scale=scale) if exact else None
-    args = (q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, query, geometry)
-    found = launches(*args, scale=scale, given=chosen, tiles=tiles)
+    found = launches(q, k_cmp, v_cmp, k_slc, v_slc, k_win, v_win, gates, query, geometry, scale=scale, tiles=tiles)
     for call in found.calls.values():
         call()
     return found.out, found.index
@@ -62,10 +62,9 @@ def nsa_decode(
 
 def launches(
     q: Tensor, k_cmp: Tensor, v_cmp: Tensor, k_slc: Tensor, v_slc: Tensor, k_win: Tensor, v_win: Tensor, gates: Tensor,
-    query: Tensor, geometry: Geometry, *, scale: float, given: Tensor | None = None, tiles: DecodeTiles | None = None,
+    query: Tensor, geometry: Geometry, *, scale: float, tiles: DecodeTiles | None = None,
 ) -> Launches:
-    """What nsa_decode launches, one by one, for who wants to time them. given: the choice, int32 [B, 1, Hkv, topk], if it is
-    made already."""
+    """What nsa_decode launches, one by one, for who wants to time them."""
     (B, n, H, Dqk), (_, Hkv, S, Dv) = q.shape, v_slc.shape
     if n != 1:
         raise ValueError(f"q {list(q.shape)} has {n} tokens a sequence; the decode kernels take one")
@@ -88,6 +87,9 @@ def launches(
     shares, kept = triton.cdiv(blocks, share), min(width, share)
     candidates = triton.next_power_of_2(shares * kept)
     mine = min(candidates, 128, COMPARED // width)
+    lse_rows, lse_slots = softmax_tile(q[:, 0], Hkv, Dv, geometry)
+    scores, group_padded = scores_tile(group, Dqk, q.dtype), triton.next_power_of_2(group)
+    log_width, log_chunk, row_width = topk_row(geometry, S)
     step, together = heads_weighed(group, share, a_padded), heads_together(parts + 1, 64)
 
     def scratch(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -97,12 +99,15 @@ def launches(
     o_first, stat_first = scratch(B * H, parts + 1, Dv), scratch(B * H, parts + 1, 2)
     o_slc, stat_slc = scratch(B * H, slc, Dv), scratch(B * H, slc, 2)
     rank, block = (scratch(pairs, shares, kept, dtype=torch.int32) for _ in range(2))
-    index = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32) if given is None else given.contiguous()
+    rest, reach = scratch(pairs, shares, dtype=torch.int32), scratch(pairs, shares)
+    own_and_next = scratch(pairs * slc, 2 * row_width + group)
+    index, near = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32), scratch(pairs, dtype=torch.int32)
     out = q.new_empty(B, 1, H, Dv)
     factor = scale / math.log(2)
     overlap = overlaps(pairs * parts, q.device) if tiles.overlap is None else tiles.overlap
     every = {"OVERLAP": overlap, **overlap_options(overlap)}
     shape = {"HEADS_KV": Hkv, "GROUP": group, "BLOCK": geometry.block_size, "TOPK": geometry.topk}
+    forced = {"INIT": geometry.init_blocks, "LOCAL": geometry.local_blocks, "A_PADDED": a_padded}
     dims = {"D0": d0, "D1": d1, "E0": e0, "E1": e1}
     wide = {"DIM": Dv, "WIDE": triton.next_power_of_2(Dv)}
     kernel = {"KERNEL": geometry.kernel_size, "STRIDE": geometry.kernel_stride}
@@ -117,18 +122,22 @@ def launches(
 
     def weights() -> None:
         weigh_and_merge[(pairs * shares + triton.cdiv(B * H, together),)](
-            query, score, o_first, stat_first, gates, rank, block, mix, slots, pairs, INIT=geometry.init_blocks,
-            LOCAL=geometry.local_blocks, A_PADDED=a_padded, B_PADDED=b_padded, SHARE=share, SHARES=shares, KEPT=kept,
-            CHUNK=min(share, COMPARED // (4 * share)), STEP=step,
-            PADDED=padded[parts], ALL_PADDED=padded[parts + 1], HEADS=together, **cut, **shape, **kernel, **wide, **every,
+            query, score, o_first, stat_first, gates, rank, block, rest, reach, mix, slots, pairs, tiles.margin,
+            B_PADDED=b_padded, SHARE=share, SHARES=shares, KEPT=kept, CHUNK=min(share, COMPARED // (4 * share)), STEP=step,
+            PADDED=padded[parts], ALL_PADDED=padded[parts + 1], HEADS=together, **forced, **cut, **shape, **kernel, **wide,
+            **every,
             num_warps=weigh_warps(share), maxnreg=WEIGH_REGISTERS if step >= group else None,
         )  # fmt: skip
 
     def selection() -> None:
         select[(pairs, slc)](
-            q, k_slc, v_slc, query, rank, block, index, o_slc, stat_slc, *k_slc.stride()[:3], *v_slc.stride()[:3], factor,
+            q, k_slc, v_slc, k_cmp, query, rank, block, rest, reach, own_and_next, index, near, o_slc, stat_slc,
+            *k_slc.stride()[:3], *v_slc.stride()[:3], *k_cmp.stride()[:3], slots, factor,
             WIDTH=width, SHARE=share, KEPT=kept, COUNT=shares * kept, MINE=mine, THEIRS=min(candidates, COMPARED // mine),
-            SLC=slc, GIVEN=given is not None, ROWS=chosen.rows, KEYS=chosen.keys, **shape, **dims, **every, **chosen.options,
+            SHARES_PADDED=triton.next_power_of_2(shares), SLC=slc, ROWS=chosen.rows, KEYS=chosen.keys, PADDED=group_padded,
+            ROW=own_and_next.shape[1], LOG_WIDTH=log_width, LOG_CHUNK=log_chunk, LSE_ROWS=lse_rows, LSE_SLOTS=lse_slots,
+            COLUMNS=max(scores.rows, group_padded), SCORE_SLOTS=max(scores.slots, a_padded),
+            **forced, **shape, **kernel, **dims, **every, **chosen.options,
         )  # fmt: skip
 
     def merge() -> None:
@@ -140,4 +149,4 @@ def launches(
     calls = {
         "compression, window": compression_and_window, "weights": weights, "top-n, selection": selection, "merge": merge,
     }  # fmt: skip
-    return Launches(calls, out, index)
+    return Launches(calls, out, index, near)

@@ -46,6 +46,11 @@ def serves(q: Tensor, kv_heads: int, d_v: int, geometry: Geometry | None = None)
     return hopper(q.device) and fits(q, kv_heads, d_v, geometry)
 
 
+def slots_together(d_qk: int, d_v: int) -> int:
+    """Of a step of the compression branch."""
+    return 128 if d_qk + d_v <= 256 else 64
+
+
 def steps(d_qk: int, d_v: int, keys: int) -> int:
     """How many steps of `keys` keys and values fit beside two tiles of queries and the one that outputs pass through."""
     return min((SHARED_BYTES - 2 * (256 * d_qk + 64 * d_v)) // (2 * keys * (d_qk + d_v)), 4)
@@ -81,7 +86,7 @@ def attend(
     tokens, heads, d_qk = q.shape
     num_keys, kv_heads, d_v = v.shape
     (d0, d1), group = split_dim(d_qk), heads // kv_heads
-    keys = keys or (128 if geometry is not None and d_qk + d_v <= 256 else 64)
+    keys = keys or (slots_together(d_qk, d_v) if geometry is not None else 64)
     stages = stages or steps(d_qk, d_v, keys)
     q = copyable(q)
     k = copyable(k.contiguous()).view(num_keys, -1)

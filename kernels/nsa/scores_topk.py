@@ -47,8 +47,16 @@ def resident_programs(tile: Tile, d_qk: int, itemsize: int) -> int:
     return max(1, min(by_registers, by_memory))
 
 
+def topk_row(geometry: Geometry, longest: int) -> tuple[int, int, int]:
+    """(LOG_WIDTH, LOG_CHUNK) of pick_blocks, and how wide a row of scratch memory is: the blocks of a document of `longest`
+    tokens, and one that `next` of the last may go to, in whole chunks."""
+    log_width = (geometry.topk - 1).bit_length()
+    log_chunk = max(LOG_CHUNK, log_width)
+    return log_width, log_chunk, ((triton.cdiv(longest, geometry.block_size) >> log_chunk) + 1) << log_chunk
+
+
 @triton.jit
-def _place_of(column, PADDED: tl.constexpr, ABREAST: tl.constexpr, RUN: tl.constexpr):
+def place_of(column, PADDED: tl.constexpr, ABREAST: tl.constexpr, RUN: tl.constexpr):
     """(token of the tile, head of the group) of a column: RUN heads in a row, of ABREAST tokens by turns.
 
     In a warpgroup's accumulator each of four neighbouring threads holds two of every eight columns. With eight columns to a
@@ -62,14 +70,17 @@ def _place_of(column, PADDED: tl.constexpr, ABREAST: tl.constexpr, RUN: tl.const
 
 
 @triton.jit
-def _sweep(
-    q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, seen, written, kv_head, doc_slot, num_slots, begin, end,
+def store_importances(
+    q0, q1, k0_desc, k1_desc, k_ptr, stride_n, own_ptr, next_ptr, lse, seen, written, kv_head, doc_slot, num_slots, begin, end,
     width, factor,
-    HEADS_KV: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr,
-    ABREAST: tl.constexpr, RUN: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, TOKENS: tl.constexpr, PADDED: tl.constexpr, ABREAST: tl.constexpr, RUN: tl.constexpr,
     A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):  # fmt: skip
-    """Store own and next of the blocks [begin, end) for the queries `written`; MASKED if some do not see all of them."""
+    """Store own and next of the blocks [begin, end) for the queries `written`; MASKED if some do not see all of them.
+
+    Keys come through their descriptors if DESCRIBED, which takes A == A_PADDED, and from k_ptr, slots stride_n apart, if not.
+    """
     BLOCKS: tl.constexpr = SLOTS // A_PADDED
     place = tl.arange(0, SLOTS) % A_PADDED
     inside = tl.arange(0, A_PADDED)
@@ -78,15 +89,15 @@ def _sweep(
     for first in range(begin, end, BLOCKS):
         # Within the document. Where A is no power of two, the places from A on repeat slots and weigh nothing.
         slot = (first + tl.arange(0, SLOTS) // A_PADDED) * A + place
-        if A == A_PADDED:
+        if DESCRIBED:
             k0 = k0_desc.load([doc_slot + first * A, kv_head * (D0 + D1)])
             if D1 > 0:
                 k1 = k1_desc.load([doc_slot + first * A, kv_head * (D0 + D1) + D0])
         else:
-            at = tl.minimum(doc_slot + slot, num_slots - 1).to(tl.int64) * HEADS_KV + kv_head
-            k0 = tl.load(k_ptr + (at * (D0 + D1))[:, None] + tl.arange(0, D0)[None, :])
+            at = tl.minimum(doc_slot + slot, num_slots - 1).to(tl.int64) * stride_n + kv_head * (D0 + D1)
+            k0 = tl.load(k_ptr + at[:, None] + tl.arange(0, D0)[None, :])
             if D1 > 0:
-                k1 = tl.load(k_ptr + (at * (D0 + D1) + D0)[:, None] + tl.arange(0, D1)[None, :])
+                k1 = tl.load(k_ptr + (at + D0)[:, None] + tl.arange(0, D1)[None, :])
         s = tl.dot(k0, q0.T, input_precision="ieee")  # [slots, columns]
         if D1 > 0:
             s = tl.dot(k1, q1.T, s, input_precision="ieee")
@@ -139,7 +150,7 @@ def _select(
         # A query with no more candidates than it may choose takes them all, whatever they weigh.
         seen = tl.where(position // BLOCK >= TOPK, seen_of(position, KERNEL, STRIDE), 0)
 
-        column_token, head = _place_of(column, PADDED, ABREAST, RUN)
+        column_token, head = place_of(column, PADDED, ABREAST, RUN)
         column_token += first_token
         column_ok = (column_token < num_tokens) & (head < GROUP)
         column_token = tl.minimum(column_token, num_tokens - 1)
@@ -160,15 +171,15 @@ def _select(
             mine = token_ok & (doc == d)
             last_block = tl.cdiv(tl.max(tl.where(mine, seen, 0), 0), A)
             whole = tl.min(tl.where(mine, seen, 0), 0) // (BLOCKS * A) * BLOCKS
-            _sweep(
-                q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, column_seen, mine, kv_head, doc_slot,
-                num_slots, 0, whole, width, factor, HEADS_KV, D0, D1, TOKENS, PADDED, ABREAST, RUN,
-                A, A_PADDED, B, SLOTS, False,
+            store_importances(
+                q0, q1, k0_desc, k1_desc, k_ptr, HEADS_KV * (D0 + D1), own_ptr, next_ptr, lse, column_seen, mine, kv_head,
+                doc_slot, num_slots, 0, whole, width, factor, D0, D1, TOKENS, PADDED, ABREAST, RUN,
+                A, A_PADDED, B, SLOTS, False, A == A_PADDED,
             )  # fmt: skip
-            _sweep(
-                q0, q1, k0_desc, k1_desc, k_ptr, own_ptr, next_ptr, lse, tl.where(column_doc == d, column_seen, 0),
-                mine, kv_head, doc_slot, num_slots, whole, last_block, width, factor,
-                HEADS_KV, D0, D1, TOKENS, PADDED, ABREAST, RUN, A, A_PADDED, B, SLOTS, True,
+            store_importances(
+                q0, q1, k0_desc, k1_desc, k_ptr, HEADS_KV * (D0 + D1), own_ptr, next_ptr, lse,
+                tl.where(column_doc == d, column_seen, 0), mine, kv_head, doc_slot, num_slots, whole, last_block, width, factor,
+                D0, D1, TOKENS, PADDED, ABREAST, RUN, A, A_PADDED, B, SLOTS, True, A == A_PADDED,
             )  # fmt: skip
         tl.debug_barrier()  # the scratch memory was written by other threads than will read it
         for part in range(0, TOKENS, PICKED):
@@ -212,10 +223,7 @@ def select_blocks(
     a_padded = triton.next_power_of_2(geometry.block_size // geometry.kernel_stride)
     columns, tile_slots = max(tile.rows, padded), max(tile.slots, a_padded)
     tile_tokens = columns // padded
-    # A row of scratch memory: the blocks of the longest document, and one that `next` of the last may go to.
-    log_width = (geometry.topk - 1).bit_length()
-    log_chunk = max(LOG_CHUNK, log_width)
-    width = ((triton.cdiv(packing.max_seqlen, geometry.block_size) >> log_chunk) + 1) << log_chunk
+    log_width, log_chunk, width = topk_row(geometry, packing.max_seqlen)
     fit = max(1, SCRATCH_BYTES // (8 * tile_tokens * width))
     work = triton.cdiv(tokens, tile_tokens) * kv_heads
     resident = resident_programs(tile, d_qk, q.element_size()) * multiprocessors(q.device)

@@ -15,6 +15,7 @@ from sieve.scripts.bench.cases import Shape
 
 if TYPE_CHECKING:  # it needs the package triton
     from sieve.kernels.nsa.decode_tiles import DecodeTiles
+    from sieve.kernels.nsa.decode_triton import Launches
 
 Call = Callable[[], object]
 RIVALS = ("triton", "cudnn", "cudnn-folded", "fa2", "fa2-folded", "fa4", "fa4-folded")
@@ -73,9 +74,8 @@ def entry_bytes(shape: Shape, itemsize: int = 2) -> int:
     return shape.kv_heads * (shape.d_qk + shape.d_v) * itemsize
 
 
-def ours(case: DecodeCase, tiles: DecodeTiles | None = None, *, exact: bool = False) -> tuple[Call, dict[str, Call]]:
-    """The operator, and its launches one by one, which go on from what the ones before left: all have run once. exact: see
-    nsa_decode; the launches are those without."""
+def ours(case: DecodeCase, tiles: DecodeTiles | None = None) -> tuple[Call, Launches]:
+    """The operator, and its launches one by one, which go on from what the ones before left: all have run once."""
     from sieve.kernels.nsa.decode_triton import launches, nsa_decode
 
     args = (case.q, *case.kv, case.gates, case.query)
@@ -84,10 +84,9 @@ def ours(case: DecodeCase, tiles: DecodeTiles | None = None, *, exact: bool = Fa
         call()
 
     def whole() -> Tensor:
-        options = {"scale": case.scale, "exact": exact, "tiles": tiles}
-        return nsa_decode(*args, case.window_key, case.longest, case.geometry, **options)[0]
+        return nsa_decode(*args, case.window_key, case.longest, case.geometry, scale=case.scale, tiles=tiles)[0]
 
-    return whole, found.calls
+    return whole, found
 
 
 def rival(case: DecodeCase, name: str) -> Call:

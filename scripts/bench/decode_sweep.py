@@ -11,7 +11,7 @@ import torch
 
 from sieve.kernels.common.launch import multiprocessors
 from sieve.kernels.common.split_keys import Tile
-from sieve.kernels.nsa.decode_tiles import DecodeTiles, share_of
+from sieve.kernels.nsa.decode_tiles import SELECT_WARPS, DecodeTiles, share_of
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.scripts.bench.cases import Shape
 from sieve.scripts.bench.decode_cases import DecodeCase, draw, ours
@@ -36,6 +36,8 @@ def _cut(name: str, which: str, count: str, base: DecodeTiles, device: torch.dev
     own = getattr(base, which)
     tried = [(own, n) for n in PROGRAMS] + [(Tile(own.rows, *numbers), n) for numbers in TILES for n in (2, 3, 4)]
     for tile, n in dict.fromkeys(tried):
+        if which == "select" and tile.num_warps != SELECT_WARPS:
+            continue
         programs = n * multiprocessors(device)
         yield f"{name}: {says(tile, programs, device)}", replace(base, **{which: tile, count: programs})
 
@@ -52,7 +54,7 @@ def _timed(
     for name, tiles in options.items():
         try:
             alive.append([ours(case, tiles) for case in cases])
-            graphs[name] = in_graph([whole if launch == "nsa" else parts[launch] for whole, parts in alive[-1]])
+            graphs[name] = in_graph([whole if launch == "nsa" else parts.calls[launch] for whole, parts in alive[-1]])
         except Exception as error:  # a tile that does not compile or fit
             found.append({"options": name, "launch": launch, "error": reason(error)})
     times = {name: t.median / len(cases) * 1e3 for name, t in time_calls(graphs, rounds, slice_ms=15.0).items()}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 
+from sieve.kernels.nsa.decode_tiles import DecodeTiles
 from sieve.kernels.nsa.geometry import Geometry
 from sieve.scripts.bench.cases import Shape
 from sieve.scripts.bench.decode_cases import Call, cache_entries, draw, entry_bytes, ours, rival
@@ -40,7 +44,7 @@ def _over(calls: list[Call]) -> Call:
 def time_layer(
     shape: Shape, geometry: Geometry, tokens: int, batch: int, rivals: list[str], rounds: int
 ) -> dict[str, object]:
-    """Milliseconds a step of every call, "graph" and "launched"; bytes read and what each rival's output differs by."""
+    """Milliseconds a step of every call, "graph" and "launched"; bytes read, and the share of choices that hung by rounding."""
     row: dict[str, object] = {"shape": str(shape), "tokens": tokens, "batch": batch}
     each = entry_bytes(shape) * batch
     row["bytes"] = {"nsa": each * cache_entries(tokens, geometry), "full": each * tokens}
@@ -54,12 +58,15 @@ def time_layer(
     cases = [draw(shape, [tokens] * batch, geometry, seed=seed) for seed in range(count)]
     chain = cases * max(1, CHAIN // count)
     made: dict[str, list[Call]] = {"nsa": []}
+    near: list[float] = []
     for case in cases:
         whole, parts = ours(case)
         made["nsa"].append(whole)
-        for name, call in parts.items():
+        for name, call in parts.calls.items():
             made.setdefault(f"nsa: {name}", []).append(call)
-        made.setdefault("nsa: all, exact choice", []).append(ours(case, exact=True)[0])
+        near.append(parts.near.float().mean().item())
+        tiles = DecodeTiles.of(shape.heads // shape.kv_heads, shape.d_qk, shape.d_v, case.q.dtype, case.q.device)
+        made.setdefault("nsa: every choice made anew", []).append(ours(case, replace(tiles, margin=math.inf))[0])
     errors: dict[str, str] = {}
     for name in rivals:
         try:
@@ -81,7 +88,7 @@ def time_layer(
         "graph": _each(time_calls(graphs, rounds), made, len(chain)),
         "launched": _each(time_calls({name: _over(calls) for name, calls in made.items()}, rounds), made, 0),
     }
-    row |= {"caches": count, "errors": errors}
+    row |= {"caches": count, "near": sum(near) / count, "errors": errors}
     row |= {kind: {name: timing.json() for name, timing in found.items()} for kind, found in times.items()}
     _say(row)
     return row

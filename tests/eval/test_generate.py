@@ -108,16 +108,6 @@ def test_text_in_text_out(tiny):
         assert "".join(piece for r, piece in shown if r == row) == cut[row]
 
 
-def test_exact_is_the_cache_s(tiny, monkeypatch):
-    model, asked = tiny(vocab=256), []
-    original = model.new_cache
-    monkeypatch.setattr(model, "new_cache", lambda *a, exact: asked.append(exact) or original(*a, exact=exact))
-    encode = lambda text: list(text.encode())  # noqa: E731
-    for exact in (True, False):
-        generate_text(model, encode, letters, ["hello"], Sampling(max_tokens=2), exact=exact)
-    assert asked == [True, False]
-
-
 def test_users_mistakes(tiny):
     with pytest.raises(ValueError, match=r"prompts \[1\] have no token"):
         complete(tiny(), [[1], []], Sampling())

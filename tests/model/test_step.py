@@ -149,12 +149,12 @@ def test_why_there_is_no_graph_on_a_gpu(decoder, moe):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["nsa", "exact", "full", "window", "shared", "mixed"])
+@pytest.mark.parametrize("kind", ["nsa", "full", "window", "shared", "mixed"])
 def test_replayed_steps_equal_launched_ones(decoder, kind):
     """Past the ends of blocks and of the window; greedy texts of several lengths that end at different steps, too."""
-    changes = {"exact": {}, "shared": {"share_kv": True}, "mixed": {"layers": ("full", "nsa")}}.get(kind, {"type": kind})
+    changes = {"shared": {"share_kv": True}, "mixed": {"layers": ("full", "nsa")}}.get(kind, {"type": kind})
     made, tokens = decoder("cuda", **changes), [t.cuda() for t in texts(50, 9)]
-    caches = [made.new_cache(2, 120, exact=kind == "exact") for _ in range(2)]
+    caches = [made.new_cache(2, 120) for _ in range(2)]
     for cache in caches:
         made.extend(torch.cat(tokens), [50, 9], cache)
     steps = [Step(made, cache, graph=graph) for cache, graph in zip(caches, (False, True))]
@@ -167,6 +167,5 @@ def test_replayed_steps_equal_launched_ones(decoder, kind):
         for _ in range(20):  # 50 + 60 + 10 fill it
             steps[1](token.repeat(2))
     prompts, sampling = [t.tolist() for t in texts(40, 7, 90)], Sampling(max_tokens=80)
-    options = {"stop_ids": [3, 11, 40], "exact": kind == "exact"}
-    plain, graph = (complete(made, prompts, sampling, graph=graph, **options) for graph in (False, True))
+    plain, graph = (complete(made, prompts, sampling, stop_ids=[3, 11, 40], graph=graph) for graph in (False, True))
     assert plain == graph

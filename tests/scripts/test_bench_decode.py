@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -83,7 +84,7 @@ def test_arguments(capsys, monkeypatch):
 
 
 def test_sweep_keeps_the_quickest_of_every_launch(monkeypatch, capsys):
-    """With made-up times: 32 keys are quickest at first, 8 warps for selection, shares of 32, and without overlap."""
+    """With made-up times: 32 keys are quickest at first, 4 stages for selection, shares of 32, and without overlap."""
     pytest.importorskip("triton")
     from sieve.scripts.bench import decode_sweep
     from sieve.scripts.bench.timing import Timing
@@ -92,8 +93,8 @@ def test_sweep_keeps_the_quickest_of_every_launch(monkeypatch, capsys):
         if tiles.first.keys == 128 and tiles.first.num_stages == 4:
             raise RuntimeError("out of resource: shared memory")
         times = {"compression, window": tiles.first.keys / 10 + tiles.programs, "merge": 1.0, "weights": tiles.share or 128,
-                 "top-n, selection": 9 - tiles.select.num_warps}  # fmt: skip
-        return sum(times.values()) + tiles.overlap, times
+                 "top-n, selection": 9 - tiles.select.num_stages}  # fmt: skip
+        return sum(times.values()) + tiles.overlap, SimpleNamespace(calls=times)
 
     monkeypatch.setattr(decode_sweep, "ours", ours)
     monkeypatch.setattr(decode_sweep, "in_graph", lambda calls: calls[0])
@@ -108,7 +109,8 @@ def test_sweep_keeps_the_quickest_of_every_launch(monkeypatch, capsys):
     base = replace(decode_sweep.DecodeTiles.of(16, 128, 128, torch.bfloat16, torch.device("cpu")), overlap=True)
     monkeypatch.setattr(decode_sweep.DecodeTiles, "of", lambda *args: base)
     row = decode_sweep.sweep(Shape(64, 4, 128, 128), PAPER, 65_536, 8, 3)
-    assert row["best"][0].startswith("first: keys 32") and "warps 8" in row["best"][1] and row["best"][2] == "share 32"
+    assert row["best"][0].startswith("first: keys 32") and "stages 4" in row["best"][1] and row["best"][2] == "share 32"
+    assert not any(entry["options"].startswith("select") and "warps 8" in entry["options"] for entry in row["sweep"])
     assert row["sweep"][-4]["options"] == "best of each, launches not overlapped"
     decode_sweep.print_sweep([row])
     text = capsys.readouterr().out

@@ -14,11 +14,15 @@ from sieve.kernels.nsa.decode_tiles import MOST_SHARE, heads_weighed, share_of, 
 
 @triton.jit
 def picking(
-    rank_ptr, block_ptr, out_ptr, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr,
-    TOPK: tl.constexpr, WIDTH: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr,
+    rank_ptr, block_ptr, rest_ptr, out_ptr, edge_ptr, current, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr,
+    TOPK: tl.constexpr, WIDTH: tl.constexpr, MINE: tl.constexpr, THEIRS: tl.constexpr, SHARES_PADDED: tl.constexpr,
 ):  # fmt: skip
-    picked = _pick(rank_ptr, block_ptr, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS)
+    picked, least, most = _pick(
+        rank_ptr, block_ptr, rest_ptr, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS, SHARES_PADDED
+    )
     tl.store(out_ptr + tl.arange(0, WIDTH), picked)
+    tl.store(edge_ptr, least)
+    tl.store(edge_ptr + 1, most)
 
 
 def heaviest(rank, n):
@@ -39,16 +43,22 @@ def test_the_heaviest_of_all_are_picked_from_the_heaviest_of_every_share(shares,
         own = rank.unflatten(0, (shares, share))
         block = torch.stack([heaviest(r, kept) + i * share for i, r in enumerate(own)]).int()  # [shares, kept]
         left = rank[block.long()]
+        dropped = own.scatter(1, (block % share).long(), -1).amax(1)
+        dropped[torch.arange(shares) * share > current] = 1 << 30
         left[torch.arange(shares) * share > current] = 1 << 30  # nothing wrote there
         out = torch.empty(width, dtype=torch.int32, device=device)
+        edge = torch.empty(2, dtype=torch.int32, device=device)
         picking[(1,)](
-            left.to(device), block.to(device), out, current, COUNT=shares * kept, KEPT=kept, SHARE=share, TOPK=topk,
-            WIDTH=width, MINE=mine, THEIRS=theirs,
+            left.to(device), block.to(device), dropped.to(device), out, edge, current, COUNT=shares * kept, KEPT=kept,
+            SHARE=share, TOPK=topk, WIDTH=width, MINE=mine, THEIRS=theirs, SHARES_PADDED=triton.next_power_of_2(shares),
         )  # fmt: skip
         want = torch.full((width,), -1, dtype=torch.int32)
         count = min(topk, current + 1)
         want[:count] = heaviest(rank[: current + 1], topk).int()
         assert torch.equal(out.cpu(), want), (seed, current)
+        if current >= topk:  # the lightest chosen, and the heaviest of all others, those that no share keeps among them
+            others = rank.scatter(0, want[:count].long(), -1)[: current + 1]
+            assert edge.tolist() == [rank[want[:count].long()].min().item(), others.max().item()], (seed, current)
 
 
 def test_shares_keep_both_comparisons_small():
