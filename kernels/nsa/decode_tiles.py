@@ -37,7 +37,9 @@ class DecodeTiles:
 
     def __post_init__(self) -> None:
         if self.select.num_warps != SELECT_WARPS:
-            raise ValueError(f"select={self.select} must have {SELECT_WARPS} warps: others add sums in another order than training")
+            raise ValueError(
+                f"select={self.select} must have {SELECT_WARPS} warps: others add sums in another order than training"
+            )
 
     @classmethod
     def of(cls, group: int, d_qk: int, d_v: int, dtype: torch.dtype, device: torch.device) -> DecodeTiles:
