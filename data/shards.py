@@ -43,8 +43,10 @@ class ShardedStore:
     mapped when they are first touched.
     """
 
-    def __init__(self, folder: Path, manifest: dict[str, Any], part: str):
+    def __init__(self, folder: Path, manifest: dict[str, Any], part: str, *, trusted: bool = True):
+        """trusted: documents are as they were written; if not, each is looked through for ids that the tokenizer has not."""
         about = manifest["parts"][part]
+        self._limit = None if trusted else manifest["tokenizer"]["vocab_size"]
         self.folder, self.manifest = folder / part, about
         self._dtype = dtype_of(manifest["tokenizer"]["vocab_size"])
         self.shards = [Shard(**shard) for shard in about["shards"]]
@@ -55,9 +57,14 @@ class ShardedStore:
         self.id: str = about["hash"]
 
     def document(self, index: int) -> np.ndarray:
-        """Tokens of document `index` with its bos and eos: a view [length] of the map, in the store's dtype."""
+        """Tokens of document `index` with its bos and eos: a view [length] of the map, in the store's dtype. ValueError for one
+        of a store that is not trusted if it cannot be what was written."""
         tokens, offsets, i = self._at(index)
-        return tokens[offsets[i] : offsets[i + 1]]
+        ids = tokens[offsets[i] : offsets[i + 1]]
+        if self._limit is not None and (not ids.size or ids.max() >= self._limit):
+            found = f"has the token {ids.max()}, of a vocabulary of {self._limit}" if ids.size else "is empty"
+            raise ValueError(f"{self.folder} is damaged: document {index} {found}; data.verify=once tells which file it is")
+        return ids
 
     def length(self, index: int) -> int:
         """Tokens of document `index`."""
@@ -98,7 +105,8 @@ def open_shards(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Encoder, 
             f"data.paths={folder} was made with the tokenizer {encoder.hash}, and tokenizer.path={tokenizer.path} is "
             f"{given.hash}; leave tokenizer.path out to use the shards' own, or prepare the text with this one"
         )
-    train, validation = (ShardedStore(folder, manifest, part) for part in ("train", "validation"))
+    trusted = data.verify != "never"
+    train, validation = (ShardedStore(folder, manifest, part, trusted=trusted) for part in ("train", "validation"))
     verify(folder, [*train.files(), *validation.files()], data.verify, data.cache_dir)
     return encoder, train, validation
 

@@ -140,6 +140,20 @@ def test_a_damaged_shard_is_refused_by_name(prepared, name):
         opened(settings, verify="never")
 
 
+def test_ids_that_cannot_be_are_told_where_nothing_was_verified(prepared):
+    folder, settings = prepared
+    path = folder / "train/00000.tokens"
+    path.write_bytes(b"\xff\xff" + path.read_bytes()[2:])
+    _, store, _ = opened(settings, verify="never")
+    with pytest.raises(ValueError, match="document 0 has the token 65535, of a vocabulary of .*; data.verify=once tells"):
+        store.document(0)
+    assert store.document(store.num_documents - 1).size
+    offsets = folder / "train/00000.offsets"
+    offsets.write_bytes(offsets.read_bytes()[:8] * (offsets.stat().st_size // 8))
+    with pytest.raises(ValueError, match="train is damaged: document 0 is empty"):
+        opened(settings, verify="never")[1].document(0)
+
+
 def test_verified_once_unless_told_otherwise(prepared, monkeypatch):
     folder, settings = prepared
     read, real = [], shards.sha256
