@@ -70,9 +70,9 @@ def _pick(
 
 @triton.jit
 def select(
-    q_ptr, k_ptr, v_ptr, k_cmp_ptr, query_ptr, rank_ptr, block_ptr, rest_ptr, reach_ptr, scratch_ptr, index_ptr, near_ptr,
-    o_ptr, stat_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, k_cmp_b, k_cmp_h, k_cmp_n, slots,
-    factor,
+    q_ptr, k_ptr, v_ptr, k_cmp_ptr, query_ptr, rank_ptr, block_ptr, rest_ptr, lse_ptr, edge_ptr, scratch_ptr, index_ptr,
+    near_ptr, o_ptr, stat_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, k_cmp_b, k_cmp_h, k_cmp_n,
+    slots, factor, margin,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     TOPK: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr,
@@ -81,9 +81,9 @@ def select(
     LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr, LSE_ROWS: tl.constexpr, LSE_SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr, SCORE_SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv, SLC). rank, block, rest, reach: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice. near int32
-    [B * Hkv]: whether it hung by rounding, so that choose_as_training made it, with a row of scratch fp32 [B * Hkv * SLC, ROW]
-    for each program."""
+    """Grid (B * Hkv, SLC). rank, block, rest, lse, edge: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice. near
+    int32 [B * Hkv]: whether it hung by rounding, so that choose_as_training made it; scratch fp32 [B * Hkv * SLC, ROW]: what
+    each program needs for that."""
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch, kv_head = pair_of(pair, HEADS_KV)
@@ -94,12 +94,15 @@ def select(
     candidates = pair.to(tl.int64) * COUNT
     order = tl.arange(0, WIDTH)
     shares = pair * (COUNT // KEPT)
-    reach = tl.load(reach_ptr + shares)
+    share = tl.arange(0, SHARES_PADDED)
+    lse = tl.load(lse_ptr + shares)
+    edge = tl.load(edge_ptr + shares + share, mask=share < COUNT // KEPT, other=float("inf"))
+    edge = tl.min(tl.where((current >= TOPK) & (share * SHARE <= current), edge, float("inf")), 0)
     picked, least, most = _pick(
         rank_ptr + candidates, block_ptr + candidates, rest_ptr + shares, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE,
         THEIRS, SHARES_PADDED,
     )  # fmt: skip
-    doubtful = (current >= TOPK) & near(least, most, reach)
+    doubtful = (current >= TOPK) & near(least, most, lse, edge, margin)
     tl.store(near_ptr + pair, doubtful.to(tl.int32), mask=part == 0)
     index_ptr += pair * TOPK
     if doubtful:

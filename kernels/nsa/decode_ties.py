@@ -1,10 +1,10 @@
 """A step's choice of blocks where it hangs by rounding: made anew as training's kernels make it, equal to the last bit.
 
 The decode kernels split a sequence's compressed keys among programs, and so add a softmax's sum in another order than
-training does. That moves an importance by a few units in its last place, and the choice only where the lightest block chosen
-and the heaviest passed over are as near as that. `near` finds those, about one choice in ten thousand of a trained model;
-`choose_as_training` computes them from the compressed keys, by tiles of training's sizes and training's own device functions,
-in whichever program attends to the blocks.
+training does. That moves an importance by a unit or two in its last place, and the choice only where the lightest block
+chosen and the heaviest passed over are as near as that, or where a weight is as near to those that are flushed to zero.
+`near` finds such choices, with room to spare; `choose_as_training` makes them from the compressed keys, by tiles of training's
+sizes and training's own device functions, in whichever programs attend to the blocks.
 """
 
 from __future__ import annotations
@@ -19,18 +19,25 @@ from sieve.kernels.nsa.decode_weigh import FORCED
 from sieve.kernels.nsa.scores_topk import place_of, store_importances
 from sieve.kernels.nsa.topk_rows import pick_blocks
 
-# Below it, which weights are flushed to zero may decide: the smallest that are not are 2 ** -126.
-FAINT = tl.constexpr(2.0**-100)
+# Ranks below that of 2 ** -95: of so small importances, weights about the smallest, 2 ** -126, are more than rounding. There
+# are at most a few thousand of them in a block.
+FAINT = tl.constexpr(32 << 23)
 
 
 @triton.jit
-def near(least, most, reach):
+def near(least, most, lse, edge, margin):
     """Whether the ranks (see weigh_and_merge) of the lightest block chosen and of the heaviest passed over (-1: none) may stand
-    the other way round in training: they are apart by no more than the share `reach` of the first."""
-    chosen = least.to(tl.float32, bitcast=True)
-    passed_over = most.to(tl.float32, bitcast=True)
-    close = (chosen - passed_over <= chosen * reach) | (chosen < FAINT)
-    return (least < FORCED) & (most >= 0) & close
+    the other way round in training.
+
+    lse: the heads' largest |lse| in powers of two. edge: how close any weight's exponent comes to where weights are flushed to
+    zero. margin: what rounding may move in an importance at most, as a share of it and for each unit of what was rounded.
+    """
+    below_one = 127.0 - (least >> 23).to(tl.float32)  # the importance in powers of two
+    reach = margin * (8.0 + lse + 0.5 * below_one)
+    # Ranks differ by 2 ** 23 to 2 ** 24 units for a difference of the whole; of nothing nothing is left to rounding.
+    close = (least > 0) & ((least - most).to(tl.float32) <= reach * 16777216.0)
+    flushed = (least < FAINT) & (edge <= margin * (136.0 + lse))
+    return (least < FORCED) & (most >= 0) & (close | flushed)
 
 
 @triton.jit

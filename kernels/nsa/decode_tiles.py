@@ -23,8 +23,8 @@ class DecodeTiles:
 
     programs, select_programs: about how many of those launches' run at once. share: blocks that one program weighs, a
     power of two up to MOST_SHARE; None: see `share_of`. overlap: launches begin before those ahead of them end; None: see
-    `sieve.kernels.common.launch.overlaps`. margin: what share of importance rounding is taken to move at most, for each unit
-    of 8 + |lse|; inf: training's kernels' order makes every choice.
+    `sieve.kernels.common.launch.overlaps`. margin: see `sieve.kernels.nsa.decode_ties.near`; some tens of times what
+    rounding moved in a million choices; inf: every choice is made anew.
     """
 
     first: Tile
@@ -33,7 +33,7 @@ class DecodeTiles:
     select_programs: int
     share: int | None
     overlap: bool | None
-    margin: float = 2.0**-21
+    margin: float = 2.0**-23
 
     def __post_init__(self) -> None:
         if self.select.num_warps != SELECT_WARPS:

@@ -107,16 +107,18 @@ def test_blocks_that_weigh_the_same(share, device, op, dense, poison):
 
 
 @triton.jit
-def asking(least_ptr, most_ptr, reach, out_ptr):
-    tl.store(out_ptr, near(tl.load(least_ptr), tl.load(most_ptr), reach).to(tl.int32))
+def asking(least_ptr, most_ptr, lse, edge, margin, out_ptr):
+    tl.store(out_ptr, near(tl.load(least_ptr), tl.load(most_ptr), lse, edge, margin).to(tl.int32))
 
 
-@pytest.mark.parametrize("least, most, want", [
-    (1.0, 1.0, True), (1.0, 1.0 - 2**-12, True), (1.0, 1.0 - 2**-9, False), (1e-12, 1e-12 * (1 - 2**-12), True),
-    (1.0, 0.0, False), (0.0, 0.0, True), (1e-35, 1e-37, True), (1e-20, 1e-22, False), (1.0, None, False),
-    (None, 1.0, False), (None, None, False),
+@pytest.mark.parametrize("least, most, lse, edge, want", [
+    (1.0, 1.0, 0, 9, True), (1.0, 1.0 - 2**-21, 0, 9, True), (1.0, 1.0 - 2**-18, 0, 9, False),
+    (1.0, 1.0 - 2**-18, 100, 9, True), (1e-12, 1e-12 * (1 - 2**-21), 0, 9, True), (1e-12, 1e-12 * (1 - 2**-16), 0, 9, False),
+    (1.0, 0.0, 0, 0, False), (0.0, 0.0, 0, 1, False), (0.0, 0.0, 0, 2e-6, True), (1e-35, 1e-37, 0, 2e-6, True),
+    (1e-35, 1e-37, 0, 1, False), (1e-20, 1e-22, 0, 0, False), (1.0, None, 0, 0, False), (None, 1.0, 0, 0, False),
+    (None, None, 0, 0, False),
 ])  # fmt: skip
-def test_near(least, most, want, device):
+def test_near(least, most, lse, edge, want, device):
     """None: nothing is chosen but what must be; nothing is passed over."""
     rank = [torch.tensor([x or 0.0], device=device).view(torch.int32) for x in (least, most)]
     if least is None:
@@ -124,8 +126,31 @@ def test_near(least, most, want, device):
     if most is None:
         rank[1].fill_(-1)
     out = torch.empty(1, dtype=torch.int32, device=device)
-    asking[(1,)](*rank, 2.0**-10, out)
+    asking[(1,)](*rank, float(lse), float(edge), 2.0**-23, out)
     assert out.item() == want
+
+
+def test_weights_about_the_smallest(device, op, dense, poison):
+    """Where most weights are flushed to zero, a choice is near by the few that nearly are; many zeros alone are not."""
+    case = texts([400], TOY, 1, 1, 16, device, torch.float32, op, dense)
+    k, q = case.kv[0], case.rows[0]
+    case.scale, at = 1.0, 399
+    q[at] = 0
+    q[at, :, 0] = math.log(2)  # scores in powers of two
+    k.zero_()
+    k[:, :, :, 0] = -200.0
+    k[0, 0, 0, 0] = 0.0
+    chosen, anew, _ = step(case, [at])
+    assert not anew.any() and chosen[0, 0].tolist() == [0, 1, 23, 24]
+    k[0, 0, 40, 0] = -120.0
+    chosen, anew, _ = step(case, [at])
+    assert not anew.any() and chosen[0, 0].tolist() == [0, 10, 23, 24]
+    k[0, 0, 40, 0] = -126.0
+    chosen, anew, _ = step(case, [at])
+    assert anew.all()
+    k[0, 0, 60, 0] = -20.0  # far above
+    chosen, anew, _ = step(case, [at])
+    assert not anew.any() and chosen[0, 0].tolist() == [0, 15, 23, 24]
 
 
 @pytest.mark.gpu
