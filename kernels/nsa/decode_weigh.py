@@ -32,8 +32,8 @@ def _importance(
     GROUP: tl.constexpr, A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, B_PADDED: tl.constexpr,
     SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, windowing,
 ):  # fmt: skip
-    """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before. And in
-    powers of two the heads' largest |lse|, and how close any weight comes to FLUSHED."""
+    """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before. And,
+    in powers of two, the heads' largest |lse|, and how close any weight comes to FLUSHED."""
     inside = tl.arange(0, SHARE * A_PADDED) % A_PADDED
     slot = (first_block + tl.arange(0, SHARE * A_PADDED) // A_PADDED) * A + inside
     live = (inside < A) & (slot < seen)
