@@ -19,7 +19,8 @@ from sieve.kernels.common.split_keys import (
     part_range,
     store_part,
 )
-from sieve.kernels.nsa.decode_ties import choose_as_training, near
+from sieve.kernels.nsa.compress_tiles import seen_of
+from sieve.kernels.nsa.decode_ties import choose_as_training, near, tied
 from sieve.kernels.nsa.decode_weigh import FORCED, ahead_of
 
 
@@ -70,15 +71,15 @@ def _pick(
 
 @triton.jit
 def select(
-    q_ptr, k_ptr, v_ptr, k_cmp_ptr, query_ptr, rank_ptr, block_ptr, rest_ptr, lse_ptr, edge_ptr, scratch_ptr, index_ptr,
-    near_ptr, o_ptr, stat_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn, k_cmp_b, k_cmp_h, k_cmp_n,
-    slots, factor, margin,
+    q_ptr, k_ptr, v_ptr, k_cmp_ptr, query_ptr, score_ptr, rank_ptr, block_ptr, rest_ptr, lse_ptr, edge_ptr, scratch_ptr,
+    index_ptr, near_ptr, o_ptr, stat_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
+    k_cmp_b, k_cmp_h, k_cmp_n, slots, factor, margin,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr, LOCAL: tl.constexpr,
     TOPK: tl.constexpr, WIDTH: tl.constexpr, SHARE: tl.constexpr, KEPT: tl.constexpr, COUNT: tl.constexpr,
     MINE: tl.constexpr, THEIRS: tl.constexpr, SHARES_PADDED: tl.constexpr, SLC: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, PADDED: tl.constexpr, A_PADDED: tl.constexpr, ROW: tl.constexpr,
-    LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr, LSE_ROWS: tl.constexpr, LSE_SLOTS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, REACHED: tl.constexpr, PADDED: tl.constexpr, A_PADDED: tl.constexpr,
+    ROW: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr, LSE_ROWS: tl.constexpr, LSE_SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr, SCORE_SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Grid (B * Hkv, SLC). rank, block, rest, lse, edge: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice. near
@@ -91,18 +92,27 @@ def select(
     at = tl.load(query_ptr + batch)
     q0, q1 = load_query(q_ptr, pair * GROUP, GROUP, D0, D1, ROWS)
     current = at // BLOCK
-    candidates = pair.to(tl.int64) * COUNT
+    rank_ptr += pair.to(tl.int64) * COUNT
+    block_ptr += pair.to(tl.int64) * COUNT
+    rest_ptr += pair * (COUNT // KEPT)
     order = tl.arange(0, WIDTH)
-    shares = pair * (COUNT // KEPT)
     share = tl.arange(0, SHARES_PADDED)
-    lse = tl.load(lse_ptr + shares)
-    edge = tl.load(edge_ptr + shares + share, mask=share < COUNT // KEPT, other=float("inf"))
+    head = tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + pair * GROUP + head, mask=head < GROUP, other=0.0)
+    edge = tl.load(edge_ptr + pair * (COUNT // KEPT) + share, mask=share < COUNT // KEPT, other=float("inf"))
     edge = tl.min(tl.where((current >= TOPK) & (share * SHARE <= current), edge, float("inf")), 0)
     picked, least, most = _pick(
-        rank_ptr + candidates, block_ptr + candidates, rest_ptr + shares, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE,
-        THEIRS, SHARES_PADDED,
-    )  # fmt: skip
-    doubtful = (current >= TOPK) & near(least, most, lse, edge, margin)
+        rank_ptr, block_ptr, rest_ptr, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS, SHARES_PADDED
+    )
+    doubtful = (current >= TOPK) & near(least, most, tl.max(tl.abs(lse), 0), edge, margin)
+    if doubtful:
+        score_ptr += pair.to(tl.int64) * GROUP * slots
+        one_slot = tied(
+            rank_ptr, block_ptr, rest_ptr, score_ptr, lse, edge, margin, picked, least, most, current,
+            tl.minimum(seen_of(at, KERNEL, STRIDE), slots), slots,
+            COUNT, KEPT, SHARE, SHARES_PADDED, MINE, GROUP, ROWS, BLOCK // STRIDE, KERNEL // STRIDE, REACHED,
+        )  # fmt: skip
+        doubtful = one_slot == 0
     tl.store(near_ptr + pair, doubtful.to(tl.int32), mask=part == 0)
     index_ptr += pair * TOPK
     if doubtful:

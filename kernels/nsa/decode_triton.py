@@ -99,7 +99,7 @@ def launches(
     o_first, stat_first = scratch(B * H, parts + 1, Dv), scratch(B * H, parts + 1, 2)
     o_slc, stat_slc = scratch(B * H, slc, Dv), scratch(B * H, slc, 2)
     rank, block = (scratch(pairs, shares, kept, dtype=torch.int32) for _ in range(2))
-    rest, lse, edge = scratch(pairs, shares, dtype=torch.int32), scratch(pairs, shares), scratch(pairs, shares)
+    rest, lse, edge = scratch(pairs, shares, dtype=torch.int32), scratch(pairs, group), scratch(pairs, shares)
     own_and_next = scratch(pairs * slc, 2 * row_width + group)
     index, near = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32), scratch(pairs, dtype=torch.int32)
     out = q.new_empty(B, 1, H, Dv)
@@ -131,11 +131,12 @@ def launches(
 
     def selection() -> None:
         select[(pairs, slc)](
-            q, k_slc, v_slc, k_cmp, query, rank, block, rest, lse, edge, own_and_next, index, near, o_slc, stat_slc,
+            q, k_slc, v_slc, k_cmp, query, score, rank, block, rest, lse, edge, own_and_next, index, near, o_slc, stat_slc,
             *k_slc.stride()[:3], *v_slc.stride()[:3], *k_cmp.stride()[:3], slots, factor, tiles.margin,
             WIDTH=width, SHARE=share, KEPT=kept, COUNT=shares * kept, MINE=mine, THEIRS=min(candidates, COMPARED // mine),
-            SHARES_PADDED=triton.next_power_of_2(shares), SLC=slc, ROWS=chosen.rows, KEYS=chosen.keys, PADDED=group_padded,
-            ROW=own_and_next.shape[1], LOG_WIDTH=log_width, LOG_CHUNK=log_chunk, LSE_ROWS=lse_rows, LSE_SLOTS=lse_slots,
+            SHARES_PADDED=triton.next_power_of_2(shares), SLC=slc, ROWS=chosen.rows, KEYS=chosen.keys,
+            REACHED=triton.next_power_of_2(a + b - 1), PADDED=group_padded, ROW=own_and_next.shape[1],
+            LOG_WIDTH=log_width, LOG_CHUNK=log_chunk, LSE_ROWS=lse_rows, LSE_SLOTS=lse_slots,
             COLUMNS=max(scores.rows, group_padded), SCORE_SLOTS=max(scores.slots, a_padded),
             **forced, **shape, **kernel, **dims, **every, **chosen.options,
         )  # fmt: skip

@@ -28,12 +28,12 @@ def ahead_of(theirs, their_place, rank, place):
 
 @triton.jit
 def _importance(
-    score_ptr, stat_ptr, first_head, first_block, seen, slots,
+    score_ptr, stat_ptr, lse_ptr, first_head, first_block, seen, slots,
     GROUP: tl.constexpr, A: tl.constexpr, A_PADDED: tl.constexpr, B: tl.constexpr, B_PADDED: tl.constexpr,
     SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, windowing,
 ):  # fmt: skip
-    """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before. And,
-    in powers of two, the heads' largest |lse|, and how close any weight comes to FLUSHED."""
+    """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before.
+    And how close any weight's exponent comes to FLUSHED. The heads' lse, [GROUP] in powers of two, are stored."""
     inside = tl.arange(0, SHARE * A_PADDED) % A_PADDED
     slot = (first_block + tl.arange(0, SHARE * A_PADDED) // A_PADDED) * A + inside
     live = (inside < A) & (slot < seen)
@@ -41,7 +41,6 @@ def _importance(
     edge_live = (tl.arange(0, B_PADDED) < B - 1) & (edge_slot >= 0) & (edge_slot < seen)
     weight = tl.zeros([SHARE * A_PADDED], tl.float32)
     edge_weight = tl.zeros([B_PADDED], tl.float32)
-    farthest = 0.0
     nearest = float("inf")
     part = tl.arange(0, PADDED)[None, :]
     # What lies past `seen` is read and dropped: a mask that may end anywhere would make wide loads narrow ones.
@@ -61,7 +60,7 @@ def _importance(
         shift = tl.where(highest == float("-inf"), 0.0, highest)
         total = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
         lse = tl.where(total > 0.0, shift + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
-        farthest = tl.maximum(farthest, tl.max(tl.where(total > 0.0, tl.abs(lse), 0.0), 0))
+        tl.store(lse_ptr + head, lse, mask=(head < GROUP) & (first_block == 0))
         s -= lse[:, None]
         nearest = tl.minimum(nearest, tl.min(tl.min(tl.abs(s - FLUSHED), 1), 0))
         weight += tl.sum(tl.exp2(s), 0)
@@ -76,7 +75,7 @@ def _importance(
         found += tl.sum(tl.reshape(before, [SHARE, B_PADDED]), 1)
         edge_sum = tl.sum(edge_weight * (tl.arange(0, B_PADDED) + 1).to(tl.float32), 0)
         found += tl.where(tl.arange(0, SHARE) == 0, edge_sum, 0.0)
-    return found, farthest, nearest
+    return found, nearest
 
 
 @triton.jit
@@ -126,9 +125,9 @@ def weigh_and_merge(
 
     rank, block int32 [pairs, SHARES, KEPT]: the KEPT heaviest blocks of each share of SHARE in ascending order, and what
     they are chosen by: importance, whose bits order as it does since it is not negative, the largest number where forced,
-    -1 in the query's future. rest int32 [pairs, SHARES]: the largest rank of those not kept, -1 if there is none. lse, edge
-    fp32 [pairs, SHARES]: the heads' largest |lse| in powers of two, and how close the exponent of any weight in the share comes
-    to FLUSHED. All are written only where the query has blocks to choose from and is past the share's first.
+    -1 in the query's future. rest int32 [pairs, SHARES]: the largest rank of those not kept, -1 if there is none. lse fp32
+    [pairs, GROUP]: in powers of two. edge fp32 [pairs, SHARES]: how close the exponent of any weight in the share comes to
+    FLUSHED. All are written only where the query has blocks to choose from and is past the share's first.
     mix fp32 [B * H, DIM]: compression and window attention, weighed by their gates.
     """
     program = tl.program_id(0)
@@ -141,8 +140,8 @@ def weigh_and_merge(
         if (current >= TOPK) & (first <= current):
             block = first + tl.arange(0, SHARE)
             seen, _, _, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
-            importance, farthest, nearest = _importance(
-                score_ptr, stat_ptr, pair * GROUP, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
+            importance, nearest = _importance(
+                score_ptr, stat_ptr, lse_ptr + pair * GROUP, pair * GROUP, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
                 KERNEL // STRIDE, B_PADDED, SHARE, STEP, PARTS, PADDED, windowing,
             )  # fmt: skip
             forced = (block < INIT) | (block > current - LOCAL)
@@ -161,7 +160,6 @@ def weigh_and_merge(
             tl.store(rank_ptr + place, mine, mask=kept)
             tl.store(block_ptr + place, first + local, mask=kept)
             tl.store(rest_ptr + program, tl.max(tl.where(kept, -1, mine), 0))
-            tl.store(lse_ptr + program, farthest)
             tl.store(edge_ptr + program, nearest)
     else:
         _mix(

@@ -130,6 +130,33 @@ def test_near(least, most, lse, edge, want, device):
     assert out.item() == want
 
 
+@pytest.mark.parametrize("geometry", [TOY, Geometry(16, 4, 16, topk=4, init_blocks=1, local_blocks=2, window_size=12)])
+def test_a_slot_across_two_blocks(geometry, device, op, dense, poison):
+    """All that two blocks have: they weigh the same in any order, and the lower is chosen; no longer all, and they are near."""
+    case, at = texts([400], geometry, 2, 1, 16, device, torch.float32, op, dense), 399
+    k, q = case.kv[0], case.rows[0]
+    case.scale = 1.0
+    q[at] = 0
+    q[at, :, 0] = math.log(2)  # scores in powers of two
+    k.zero_()
+    k[:, :, :, 0] = -60.0
+    k[0, 0, 0, 0] = 0.0
+    half = 2 if geometry is not TOY else 3  # counts the same for both blocks
+    k[0, 0, 40 + half, 0] = -5.0
+    chosen, anew, _ = step(case, [at])
+    assert not anew.any() and chosen[0, 0].tolist() == [0, 10, 23, 24]
+    k[0, 0, 44, 0] = -5.0 - 25  # of the upper block alone
+    chosen, anew, _ = step(case, [at])
+    assert anew.all()  # by rounding alone either
+    k[0, 0, 44, 0] = -5.0 - 15
+    chosen, anew, _ = step(case, [at])
+    assert not anew.any() and chosen[0, 0].tolist() == [0, 11, 23, 24]
+    k[0, 0, 44, 0] = -60.0
+    k[0, 0, 80 + half, 0] = -5.0  # another slot across two
+    chosen, anew, _ = step(case, [at])
+    assert anew.all() and chosen[0, 0].tolist() == [0, 10, 23, 24]
+
+
 def test_weights_about_the_smallest(device, op, dense, poison):
     """Where most weights are flushed to zero, a choice is near by the few that nearly are; many zeros alone are not."""
     case = texts([400], TOY, 1, 1, 16, device, torch.float32, op, dense)
