@@ -20,7 +20,8 @@ from sieve.kernels.common.split_keys import (
     store_part,
 )
 from sieve.kernels.nsa.compress_tiles import seen_of
-from sieve.kernels.nsa.decode_ties import choose_as_training, near, tied
+from sieve.kernels.nsa.decode_anew import choose_as_training
+from sieve.kernels.nsa.decode_ties import near, tied
 from sieve.kernels.nsa.decode_weigh import FORCED, ahead_of
 
 

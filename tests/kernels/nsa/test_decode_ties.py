@@ -1,4 +1,4 @@
-"""A step's choice of blocks is training's to the last bit: made in training's order where it hangs by rounding."""
+"""A step's choice of blocks is training's to the last bit: made anew in training's order where it hangs by rounding."""
 
 import math
 from dataclasses import replace
