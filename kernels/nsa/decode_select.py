@@ -19,9 +19,7 @@ from sieve.kernels.common.split_keys import (
     part_range,
     store_part,
 )
-from sieve.kernels.nsa.compress_tiles import seen_of
-from sieve.kernels.nsa.decode_anew import choose_as_training
-from sieve.kernels.nsa.decode_ties import near, tied
+from sieve.kernels.nsa.decode_ties import near, settle
 from sieve.kernels.nsa.decode_weigh import FORCED, ahead_of
 
 
@@ -72,7 +70,7 @@ def _pick(
 
 @triton.jit
 def select(
-    q_ptr, k_ptr, v_ptr, k_cmp_ptr, query_ptr, score_ptr, rank_ptr, block_ptr, rest_ptr, lse_ptr, edge_ptr, scratch_ptr,
+    q_ptr, k_ptr, v_ptr, k_cmp_ptr, query_ptr, score_ptr, rank_ptr, block_ptr, rest_ptr, lse_ptr, choice_ptr, scratch_ptr,
     index_ptr, near_ptr, o_ptr, stat_ptr, stride_kb, stride_kh, stride_kn, stride_vb, stride_vh, stride_vn,
     k_cmp_b, k_cmp_h, k_cmp_n, slots, factor, margin,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, E0: tl.constexpr, E1: tl.constexpr,
@@ -83,9 +81,9 @@ def select(
     ROW: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr, LSE_ROWS: tl.constexpr, LSE_SLOTS: tl.constexpr,
     COLUMNS: tl.constexpr, SCORE_SLOTS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B * Hkv, SLC). rank, block, rest, lse, edge: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice. near
-    int32 [B * Hkv]: whether it hung by rounding, so that choose_as_training made it; scratch fp32 [B * Hkv * SLC, ROW]: what
-    each program needs for that."""
+    """Grid (B * Hkv, SLC). rank, block, rest, lse: see weigh_and_merge. index int32 [B * Hkv, TOPK]: the choice. near int32
+    [B * Hkv]: whether it hung by rounding, so that `settle` made it anew; choice int32 [B * Hkv * SLC, WIDTH] and scratch fp32
+    [B * Hkv * SLC, ROW]: what each program needs for that."""
     pair = tl.program_id(0)
     part = tl.program_id(1)
     batch, kv_head = pair_of(pair, HEADS_KV)
@@ -97,35 +95,29 @@ def select(
     block_ptr += pair.to(tl.int64) * COUNT
     rest_ptr += pair * (COUNT // KEPT)
     order = tl.arange(0, WIDTH)
-    share = tl.arange(0, SHARES_PADDED)
     head = tl.arange(0, ROWS)
-    lse = tl.load(lse_ptr + pair * GROUP + head, mask=head < GROUP, other=0.0)
-    edge = tl.load(edge_ptr + pair * (COUNT // KEPT) + share, mask=share < COUNT // KEPT, other=float("inf"))
-    edge = tl.min(tl.where((current >= TOPK) & (share * SHARE <= current), edge, float("inf")), 0)
+    lse_ptr += pair * GROUP
+    lse = tl.load(lse_ptr + head, mask=head < GROUP, other=0.0)
     picked, least, most = _pick(
         rank_ptr, block_ptr, rest_ptr, current, COUNT, KEPT, SHARE, TOPK, WIDTH, MINE, THEIRS, SHARES_PADDED
     )
-    doubtful = (current >= TOPK) & near(least, most, tl.max(tl.abs(lse), 0), edge, margin)
-    if doubtful:
-        score_ptr += pair.to(tl.int64) * GROUP * slots
-        one_slot = tied(
-            rank_ptr, block_ptr, rest_ptr, score_ptr, lse, edge, margin, picked, least, most, current,
-            tl.minimum(seen_of(at, KERNEL, STRIDE), slots), slots,
-            COUNT, KEPT, SHARE, SHARES_PADDED, MINE, GROUP, ROWS, BLOCK // STRIDE, KERNEL // STRIDE, REACHED,
+    anew = 0
+    farthest = tl.max(tl.where(current >= TOPK, tl.abs(lse), 0.0), 0)  # nothing was written if it may take all blocks
+    if (current >= TOPK) & near(least, most, farthest, margin):
+        choice_ptr = choice_ptr + (pair * SLC + part).to(tl.int64) * WIDTH
+        tl.store(choice_ptr + order, picked)
+        tl.debug_barrier()  # what one thread wrote others read
+        anew = settle(
+            q_ptr, k_cmp_ptr + batch * k_cmp_b + kv_head * k_cmp_h, score_ptr + pair.to(tl.int64) * GROUP * slots, lse_ptr,
+            rank_ptr, block_ptr, rest_ptr, choice_ptr, scratch_ptr + (pair * SLC + part).to(tl.int64) * ROW, pair * GROUP,
+            least, most, at, slots, k_cmp_n, (ROW - GROUP) // 2, factor, margin,
+            D0, D1, COUNT, KEPT, SHARE, SHARES_PADDED, MINE, GROUP, ROWS, REACHED, PADDED, KERNEL, STRIDE, BLOCK, INIT, LOCAL,
+            TOPK, WIDTH, LOG_WIDTH, LOG_CHUNK, A_PADDED, LSE_ROWS, LSE_SLOTS, COLUMNS, SCORE_SLOTS,
         )  # fmt: skip
-        doubtful = one_slot == 0
-    tl.store(near_ptr + pair, doubtful.to(tl.int32), mask=part == 0)
-    index_ptr += pair * TOPK
-    if doubtful:
-        choose_as_training(
-            q_ptr, k_cmp_ptr + batch * k_cmp_b + kv_head * k_cmp_h,
-            scratch_ptr + (pair * SLC + part).to(tl.int64) * ROW, index_ptr, pair * GROUP, at, slots, k_cmp_n,
-            (ROW - GROUP) // 2, factor, GROUP, PADDED, D0, D1, KERNEL, STRIDE, BLOCK, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK,
-            A_PADDED, LSE_ROWS, LSE_SLOTS, COLUMNS, SCORE_SLOTS,
-        )  # fmt: skip
-        picked = tl.load(index_ptr + order, mask=order < TOPK, other=-1)
-    else:
-        tl.store(index_ptr + order, picked, mask=(order < TOPK) & (part == 0))
+        tl.debug_barrier()
+        picked = tl.load(choice_ptr + order)
+    tl.store(near_ptr + pair, anew, mask=part == 0)
+    tl.store(index_ptr + pair * TOPK + order, picked, mask=(order < TOPK) & (part == 0))
     k_ptr += batch * stride_kb + kv_head * stride_kh
     v_ptr += batch * stride_vb + kv_head * stride_vh
     begin, end = part_range(tl.minimum(current + 1, TOPK) * BLOCK, part, SLC, KEYS)

@@ -3,8 +3,8 @@
 The decode kernels split a sequence's compressed keys among programs, and so add a softmax's sum in another order than
 training does. That moves an importance by a unit or two in its last place, and the choice only where the lightest block
 chosen and the heaviest passed over are as near as that, or where a weight is as near to those that are flushed to zero.
-`near` finds such choices, with room to spare, and `tied` those of them that are the same in any order. What is left is made
-anew (decode_anew.py), by whichever programs attend to the blocks.
+`near` finds what may be such choices, with room to spare, and `settle` looks at them more closely; what is left is made anew
+(decode_anew.py), by whichever programs attend to the blocks.
 """
 
 from __future__ import annotations
@@ -12,32 +12,48 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sieve.kernels.nsa.compress_tiles import seen_of
+from sieve.kernels.nsa.decode_anew import choose_as_training
 from sieve.kernels.nsa.decode_weigh import FORCED
 
 # Ranks below that of 2 ** -95: of so small importances, weights about the smallest, 2 ** -126, are more than rounding. There
 # are at most a few thousand of them in a block.
 FAINT = tl.constexpr(32 << 23)
+FLUSHED = tl.constexpr(-126.0)  # exponents below it give weights of 0
+SCANNED = tl.constexpr(64)  # scores of each head that are looked at together
 
 
 @triton.jit
-def near(least, most, lse, edge, margin):
+def near(least, most, lse, margin):
     """Whether the ranks (see weigh_and_merge) of the lightest block chosen and of the heaviest passed over (-1: none) may stand
     the other way round in training.
 
-    lse: the heads' largest |lse| in powers of two. edge: how close any weight's exponent comes to where weights are flushed to
-    zero. margin: what rounding may move in an importance at most, as a share of it and for each unit of what was rounded.
+    lse: the heads' largest |lse| in powers of two. margin: what rounding may move in an importance at most, as a share of it
+    and for each unit of what was rounded.
     """
-    below_one = 127.0 - (least >> 23).to(tl.float32)  # the importance in powers of two
-    reach = margin * (8.0 + lse + 0.5 * below_one)
-    # Ranks differ by 2 ** 23 to 2 ** 24 units for a difference of the whole; of nothing nothing is left to rounding.
-    close = (least > 0) & ((least - most).to(tl.float32) <= reach * 16777216.0)
-    return (least < FORCED) & (most >= 0) & (close | _flushed(least, lse, edge, margin))
+    return (least < FORCED) & (most >= 0) & (_close(least, most, lse, margin) | (least < FAINT))
 
 
 @triton.jit
-def _flushed(least, lse, edge, margin):
-    """Whether a weight may be flushed to zero here and not in training, or the reverse, and that may decide."""
-    return (least < FAINT) & (edge <= margin * (136.0 + lse))
+def _close(least, most, lse, margin):
+    below_one = 127.0 - (least >> 23).to(tl.float32)  # the importance in powers of two
+    reach = margin * (8.0 + lse + 0.5 * below_one)
+    # Ranks differ by 2 ** 23 to 2 ** 24 units for a difference of the whole; of nothing nothing is left to rounding.
+    return (least > 0) & ((least - most).to(tl.float32) <= reach * 16777216.0)
+
+
+@triton.jit
+def _flushed(score_ptr, lse, seen, slots, margin, GROUP: tl.constexpr, ROWS: tl.constexpr):
+    """Whether the exponent of any weight is as close to FLUSHED as rounding may move it. lse [ROWS]."""
+    row = tl.arange(0, ROWS)
+    nearest = float("inf")
+    for first in range(0, seen, SCANNED):
+        slot = first + tl.arange(0, SCANNED)
+        mask = (row < GROUP)[:, None] & (slot < seen)[None, :]
+        at = (row.to(tl.int64) * slots)[:, None] + slot[None, :]
+        s = tl.load(score_ptr + at, mask=mask, other=float("inf"))
+        nearest = tl.minimum(nearest, tl.min(tl.min(tl.abs(s - lse[:, None] - FLUSHED), 1), 0))
+    return nearest <= margin * (136.0 + tl.max(tl.abs(lse), 0))
 
 
 @triton.jit
@@ -75,8 +91,8 @@ def _candidates(
 
 
 @triton.jit
-def tied(
-    rank_ptr, block_ptr, rest_ptr, score_ptr, lse, edge, margin, picked, least, most, current, seen, slots,
+def _tied(
+    rank_ptr, block_ptr, rest_ptr, score_ptr, lse, margin, picked, least, most, current, seen, slots,
     COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr, SHARES_PADDED: tl.constexpr, MINE: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, A: tl.constexpr, B: tl.constexpr, REACHED: tl.constexpr,
 ):  # fmt: skip
@@ -103,7 +119,46 @@ def tied(
         next_least = tl.minimum(next_least, tl.min(tl.where(chosen & (block != lower), rank, FORCED), 0))
         next_most = tl.maximum(next_most, tl.max(tl.where((chosen == 0) & (block != upper), rank, -1), 0))
     farthest = tl.max(tl.abs(lse), 0)
-    alone = (near(next_least, most, farthest, edge, margin) == 0) & (near(least, next_most, farthest, edge, margin) == 0)
+    others = (next_least < FORCED) & _close(next_least, most, farthest, margin)
+    others = others | ((next_most >= 0) & _close(least, next_most, farthest, margin))
     mine = _only_slot(score_ptr, lse, lower, seen, slots, GROUP, ROWS, A, B, REACHED)
     theirs = _only_slot(score_ptr, lse, upper, seen, slots, GROUP, ROWS, A, B, REACHED)
-    return alone & (least == most) & (mine >= 0) & (mine == theirs) & (_flushed(least, farthest, edge, margin) == 0)
+    return (others == 0) & (least == most) & (mine >= 0) & (mine == theirs)
+
+
+@triton.jit(noinline=True)
+def settle(
+    q_ptr, k_ptr, score_ptr, lse_ptr, rank_ptr, block_ptr, rest_ptr, choice_ptr, scratch_ptr, first_head, least, most, at,
+    slots, stride_n, width, factor, margin,
+    D0: tl.constexpr, D1: tl.constexpr, COUNT: tl.constexpr, KEPT: tl.constexpr, SHARE: tl.constexpr,
+    SHARES_PADDED: tl.constexpr, MINE: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, REACHED: tl.constexpr,
+    PADDED: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr, INIT: tl.constexpr,
+    LOCAL: tl.constexpr, TOPK: tl.constexpr, WIDTH: tl.constexpr, LOG_WIDTH: tl.constexpr, LOG_CHUNK: tl.constexpr,
+    A_PADDED: tl.constexpr, LSE_ROWS: tl.constexpr, LSE_SLOTS: tl.constexpr, COLUMNS: tl.constexpr,
+    SCORE_SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Turn the choice at choice_ptr, int32 [WIDTH], whose ranks are `near`, into training's; whether it was made anew.
+
+    Pointers are those of the pair, but q_ptr; see `select`. A function that is called, not copied into the kernel: between its
+    other instructions, these would be loaded with them and cost microseconds where nothing is near.
+    """
+    row = tl.arange(0, ROWS)
+    lse = tl.load(lse_ptr + row, mask=row < GROUP, other=0.0)
+    picked = tl.load(choice_ptr + tl.arange(0, WIDTH))
+    seen = tl.minimum(seen_of(at, KERNEL, STRIDE), slots)
+    doubtful = _close(least, most, tl.max(tl.abs(lse), 0), margin)
+    if doubtful:
+        same = _tied(
+            rank_ptr, block_ptr, rest_ptr, score_ptr, lse, margin, picked, least, most, at // BLOCK, seen, slots,
+            COUNT, KEPT, SHARE, SHARES_PADDED, MINE, GROUP, ROWS, BLOCK // STRIDE, KERNEL // STRIDE, REACHED,
+        )  # fmt: skip
+        doubtful = same == 0
+    if (doubtful == 0) & (least < FAINT):
+        doubtful = _flushed(score_ptr, lse, seen, slots, margin, GROUP, ROWS)
+    if doubtful:
+        choose_as_training(
+            q_ptr, k_ptr, scratch_ptr, choice_ptr, first_head, at, slots, stride_n, width, factor,
+            GROUP, PADDED, D0, D1, KERNEL, STRIDE, BLOCK, INIT, LOCAL, TOPK, LOG_WIDTH, LOG_CHUNK, A_PADDED,
+            LSE_ROWS, LSE_SLOTS, COLUMNS, SCORE_SLOTS,
+        )  # fmt: skip
+    return doubtful.to(tl.int32)

@@ -99,8 +99,8 @@ def launches(
     o_first, stat_first = scratch(B * H, parts + 1, Dv), scratch(B * H, parts + 1, 2)
     o_slc, stat_slc = scratch(B * H, slc, Dv), scratch(B * H, slc, 2)
     rank, block = (scratch(pairs, shares, kept, dtype=torch.int32) for _ in range(2))
-    rest, lse, edge = scratch(pairs, shares, dtype=torch.int32), scratch(pairs, group), scratch(pairs, shares)
-    own_and_next = scratch(pairs * slc, 2 * row_width + group)
+    rest, lse = scratch(pairs, shares, dtype=torch.int32), scratch(pairs, group)
+    choice, own_and_next = scratch(pairs * slc, width, dtype=torch.int32), scratch(pairs * slc, 2 * row_width + group)
     index, near = scratch(B, 1, Hkv, geometry.topk, dtype=torch.int32), scratch(pairs, dtype=torch.int32)
     out = q.new_empty(B, 1, H, Dv)
     factor = scale / math.log(2)
@@ -122,7 +122,7 @@ def launches(
 
     def weights() -> None:
         weigh_and_merge[(pairs * shares + triton.cdiv(B * H, together),)](
-            query, score, o_first, stat_first, gates, rank, block, rest, lse, edge, mix, slots, pairs,
+            query, score, o_first, stat_first, gates, rank, block, rest, lse, mix, slots, pairs,
             B_PADDED=b_padded, SHARE=share, SHARES=shares, KEPT=kept, CHUNK=min(share, COMPARED // (4 * share)), STEP=step,
             PADDED=padded[parts], ALL_PADDED=padded[parts + 1], HEADS=together, **forced, **cut, **shape, **kernel, **wide,
             **every,
@@ -131,7 +131,7 @@ def launches(
 
     def selection() -> None:
         select[(pairs, slc)](
-            q, k_slc, v_slc, k_cmp, query, score, rank, block, rest, lse, edge, own_and_next, index, near, o_slc, stat_slc,
+            q, k_slc, v_slc, k_cmp, query, score, rank, block, rest, lse, choice, own_and_next, index, near, o_slc, stat_slc,
             *k_slc.stride()[:3], *v_slc.stride()[:3], *k_cmp.stride()[:3], slots, factor, tiles.margin,
             WIDTH=width, SHARE=share, KEPT=kept, COUNT=shares * kept, MINE=mine, THEIRS=min(candidates, COMPARED // mine),
             SHARES_PADDED=triton.next_power_of_2(shares), SLC=slc, ROWS=chosen.rows, KEYS=chosen.keys,

@@ -15,7 +15,6 @@ from sieve.kernels.common.split_keys import heads_of
 from sieve.kernels.nsa.decode_compress import split_of
 
 FORCED = tl.constexpr(0x7FFFFFFF)
-FLUSHED = tl.constexpr(-126.0)  # exponents below it give weights of 0
 
 
 @triton.jit
@@ -33,7 +32,7 @@ def _importance(
     SHARE: tl.constexpr, STEP: tl.constexpr, PARTS: tl.constexpr, PADDED: tl.constexpr, windowing,
 ):  # fmt: skip
     """fp32 [SHARE] of blocks from first_block on: the weights of a block's own A slots, and of B - 1 of the block before.
-    And how close any weight's exponent comes to FLUSHED. The heads' lse, [GROUP] in powers of two, are stored."""
+    The heads' lse, [GROUP] in powers of two, are stored."""
     inside = tl.arange(0, SHARE * A_PADDED) % A_PADDED
     slot = (first_block + tl.arange(0, SHARE * A_PADDED) // A_PADDED) * A + inside
     live = (inside < A) & (slot < seen)
@@ -41,7 +40,6 @@ def _importance(
     edge_live = (tl.arange(0, B_PADDED) < B - 1) & (edge_slot >= 0) & (edge_slot < seen)
     weight = tl.zeros([SHARE * A_PADDED], tl.float32)
     edge_weight = tl.zeros([B_PADDED], tl.float32)
-    nearest = float("inf")
     part = tl.arange(0, PADDED)[None, :]
     # What lies past `seen` is read and dropped: a mask that may end anywhere would make wide loads narrow ones.
     for first in tl.range(0, GROUP, STEP, num_stages=1):
@@ -61,9 +59,7 @@ def _importance(
         total = tl.sum(total * tl.exp2(top - shift[:, None]), 1)
         lse = tl.where(total > 0.0, shift + tl.log2(tl.where(total > 0.0, total, 1.0)), float("inf"))
         tl.store(lse_ptr + head, lse, mask=(head < GROUP) & (first_block == 0))
-        s -= lse[:, None]
-        nearest = tl.minimum(nearest, tl.min(tl.min(tl.abs(s - FLUSHED), 1), 0))
-        weight += tl.sum(tl.exp2(s), 0)
+        weight += tl.sum(tl.exp2(s - lse[:, None]), 0)
         edge_weight += tl.sum(tl.exp2(edge - lse[:, None]), 0)
     counted = tl.where(inside < A, tl.minimum(A - inside, B), 0).to(tl.float32)
     found = tl.sum(tl.reshape(weight * counted, [SHARE, A_PADDED]), 1)
@@ -75,7 +71,7 @@ def _importance(
         found += tl.sum(tl.reshape(before, [SHARE, B_PADDED]), 1)
         edge_sum = tl.sum(edge_weight * (tl.arange(0, B_PADDED) + 1).to(tl.float32), 0)
         found += tl.where(tl.arange(0, SHARE) == 0, edge_sum, 0.0)
-    return found, nearest
+    return found
 
 
 @triton.jit
@@ -114,7 +110,7 @@ def _mix(
 
 @triton.jit(do_not_specialize=["pairs"])
 def weigh_and_merge(
-    query_ptr, score_ptr, o_ptr, stat_ptr, gate_ptr, rank_ptr, block_ptr, rest_ptr, lse_ptr, edge_ptr, mix_ptr, slots, pairs,
+    query_ptr, score_ptr, o_ptr, stat_ptr, gate_ptr, rank_ptr, block_ptr, rest_ptr, lse_ptr, mix_ptr, slots, pairs,
     HEADS_KV: tl.constexpr, GROUP: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr, BLOCK: tl.constexpr,
     INIT: tl.constexpr, LOCAL: tl.constexpr, TOPK: tl.constexpr, A_PADDED: tl.constexpr, B_PADDED: tl.constexpr,
     SHARE: tl.constexpr, CHUNK: tl.constexpr, SHARES: tl.constexpr, KEPT: tl.constexpr, STEP: tl.constexpr,
@@ -126,8 +122,8 @@ def weigh_and_merge(
     rank, block int32 [pairs, SHARES, KEPT]: the KEPT heaviest blocks of each share of SHARE in ascending order, and what
     they are chosen by: importance, whose bits order as it does since it is not negative, the largest number where forced,
     -1 in the query's future. rest int32 [pairs, SHARES]: the largest rank of those not kept, -1 if there is none. lse fp32
-    [pairs, GROUP]: in powers of two. edge fp32 [pairs, SHARES]: how close the exponent of any weight in the share comes to
-    FLUSHED. All are written only where the query has blocks to choose from and is past the share's first.
+    [pairs, GROUP]: in powers of two. All are written only where the query has blocks to choose from and is past the share's
+    first.
     mix fp32 [B * H, DIM]: compression and window attention, weighed by their gates.
     """
     program = tl.program_id(0)
@@ -140,7 +136,7 @@ def weigh_and_merge(
         if (current >= TOPK) & (first <= current):
             block = first + tl.arange(0, SHARE)
             seen, _, _, windowing = split_of(at, slots, PARTS, KERNEL, STRIDE, WINDOW, KEYS)
-            importance, nearest = _importance(
+            importance = _importance(
                 score_ptr, stat_ptr, lse_ptr + pair * GROUP, pair * GROUP, first, seen, slots, GROUP, BLOCK // STRIDE, A_PADDED,
                 KERNEL // STRIDE, B_PADDED, SHARE, STEP, PARTS, PADDED, windowing,
             )  # fmt: skip
@@ -160,7 +156,6 @@ def weigh_and_merge(
             tl.store(rank_ptr + place, mine, mask=kept)
             tl.store(block_ptr + place, first + local, mask=kept)
             tl.store(rest_ptr + program, tl.max(tl.where(kept, -1, mine), 0))
-            tl.store(edge_ptr + program, nearest)
     else:
         _mix(
             query_ptr, o_ptr, stat_ptr, gate_ptr, mix_ptr, program - pairs * SHARES, pairs * GROUP, slots, HEADS_KV * GROUP,
