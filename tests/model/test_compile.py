@@ -71,10 +71,16 @@ def gradients(decoder, lengths, seed, pack, **kwargs):
     return out, {name: p.grad.clone() for name, p in decoder.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "attention", "full"])
-@pytest.mark.parametrize(("layers", "mixture", "kinds"), [
-    (("nsa",), False, 1), (("full",), True, 2), (("nsa", "window"), True, 2),
-])
+ALONE, MIXED = (("nsa",), False, 1), (("nsa", "window"), True, 2)
+KINDS = [  # each kind of layer, and each mode, with and without experts
+    (*ALONE, "none"), (*ALONE, "full"), (("full",), True, 2, "attention"), (*MIXED, "none"), (*MIXED, "full"),
+    *(pytest.param(*case, marks=pytest.mark.slow) for case in [
+        (*ALONE, "attention"), (("full",), True, 2, "none"), (("full",), True, 2, "full"), (*MIXED, "attention"),
+    ]),
+]
+
+
+@pytest.mark.parametrize(("layers", "mixture", "kinds", "checkpointing"), KINDS)
 def test_no_break_and_no_recompilation(layers, mixture, kinds, checkpointing, model, attention, build, pack, counted):
     from torch._dynamo.utils import counters
 

@@ -20,6 +20,7 @@ from sieve.train.callbacks.checkpoint import CheckpointConfig
 from sieve.train.checkpoint import checkpoints, damage
 from sieve.train.distributed import Place
 from sieve.train.optim import OptimConfig, adamw
+from sieve.train.run import main
 from sieve.train.saver import Done, Saver
 from sieve.train.state import RunState
 
@@ -191,6 +192,10 @@ class Trainer:
             env=os.environ | {"OMP_NUM_THREADS": "1", "FAULTS": json.dumps(faults or [])},
             stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
         )
+
+    def here(self, name: str, *settings: str) -> int:
+        """Exit code of the same run without faults in this process, which takes a fifth of the time; wants one_rank."""
+        return main([*self.settings, *settings, f"name={name}"])
 
     def run(self, name: str, *settings: str, timeout: float = 300, **options) -> tuple[int, str]:
         """Exit code, and what came on stderr."""

@@ -43,18 +43,23 @@ def check(tiny_text: list[str], tmp_path: Path, pairs: list[tuple], saved: int, 
     def source(n: int, s: int) -> Path:
         return tmp_path / f"from-{n}-zero{s}"
 
-    sources = dict.fromkeys(start for start, _ in pairs)
-    for count in sorted({n for n, _ in sources}):
-        run_ranks(count, [
+    counts = sorted({count for pair in pairs for count, _ in pair})
+    untrained, waiting = dict.fromkeys(start for start, _ in pairs), list(pairs)
+    for count in [*counts, *counts]:  # starting ranks takes long: once they run, they do all that can be done by now
+        runs = [
             [*base, f"checkpoint.every={saved}", "checkpoint.keep=9", f"zero={s}", f"name={source(n, s).name}"]
-            for n, s in sources if n == count
-        ], tmp_path)
-    for count in sorted({m for _, (m, _) in pairs}):
-        run_ranks(count, [
+            for n, s in untrained if n == count
+        ]
+        untrained = {place: None for place in untrained if place[0] != count}
+        due = [(start, end) for start, end in waiting if end[0] == count and start not in untrained]
+        waiting = [pair for pair in waiting if pair not in due]
+        runs += [
             [*base, f"resume={source(n, s)}/checkpoints/step-{saved:08d}", "checkpoint.every=0", f"zero={t}",
              f"name=to-{n}-{s}-{m}-{t}"]
-            for (n, s), (m, t) in pairs if m == count
-        ], tmp_path)
+            for (n, s), (m, t) in due
+        ]
+        if runs:
+            run_ranks(count, runs, tmp_path)
     found = {}
     for (n, s), (m, t) in pairs:
         ours, expected = losses(tmp_path / f"to-{n}-{s}-{m}-{t}"), losses(source(n, s))[saved:]

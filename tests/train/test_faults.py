@@ -20,10 +20,10 @@ def whole_rows() -> list[dict]:
 
 
 @pytest.fixture
-def whole(trainer, whole_rows) -> list[dict]:
+def whole(trainer, whole_rows, one_rank) -> list[dict]:
     """The metrics of 6 steps that nothing disturbs, trained once for all tests."""
     if not whole_rows:
-        assert trainer.run("whole", "steps=6")[0] == 0
+        assert trainer.here("whole", "steps=6") == 0
         whole_rows += trainer.rows("whole")
     return whole_rows
 
@@ -43,7 +43,7 @@ def test_a_signal_wherever_it_comes(trainer, whole):
     code, error = trainer.run("run", "steps=6", faults=[{"at": "save", "step": 4, "do": "SIGTERM"}])
     assert code == 0 and SIGNALLED in error and trainer.steps("run")[-1] >= 4
 
-    assert trainer.run("run", "steps=6")[0] == 0
+    assert trainer.here("run", "steps=6") == 0
     assert trainer.rows("run") == whole
 
 
@@ -65,7 +65,7 @@ def test_kill_9_loses_the_steps_since_the_last_checkpoint(trainer, whole, place)
         {"at": place, "step": 4, "do": "SIGKILL"},
     ])
     assert code == -signal.SIGKILL and trainer.steps("run") == [2]
-    assert trainer.run("run", "steps=6")[0] == 0
+    assert trainer.here("run", "steps=6") == 0
     assert trainer.rows("run") == whole and trainer.steps("run") == [4, 6]
     assert not list((trainer.folder / "run" / "checkpoints").glob(".tmp-*"))
 

@@ -18,7 +18,7 @@ with StopSignal() as stop:
     while stop.requested is None:
         signal.pause()
     print(stop.requested, flush=True)
-    __import__("time").sleep(3)
+    __import__("time").sleep(float(sys.argv[1]))
 """
 
 
@@ -33,9 +33,10 @@ def test_the_first_signal_is_only_remembered(name, capfd):
     assert f"{name}: finishing this step and saving" in capfd.readouterr().err
 
 
-def start(script: str) -> subprocess.Popen:
+def start(script: str, lasting: float = 3.0) -> subprocess.Popen:
+    """lasting: seconds that the process goes on after the first signal."""
     process = subprocess.Popen(
-        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, str(lasting)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -53,7 +54,7 @@ def test_the_second_signal_ends_the_process(first, second, pause):
 
 
 def test_a_signal_that_comes_twice_at_once_is_one():
-    process = start(SCRIPT)
+    process = start(SCRIPT, lasting=1.2)
     for _ in range(3):
         process.send_signal(signal.SIGTERM)
         time.sleep(0.3)
