@@ -77,7 +77,7 @@ def _column(
     _limits(top, (ours.loss, theirs.loss), [*smoothed, np.array(late)])
     common = np.linspace(max(s[0] for s in x), min(s[-1] for s in x), _POINTS)
     if common[-1] >= common[0]:
-        gap = ours.smoothed(common, x[0]) - theirs.smoothed(common, x[1])
+        gap = ours.smoothed(common, x[0], common[-1]) - theirs.smoothed(common, x[1], common[-1])
         if np.array_equal(x[0], x[1]):  # the same steps: their single gaps are without the batches' noise
             bottom.plot(x[0], ours.loss - theirs.loss, color=_INK, linewidth=0.6, alpha=0.35)
         bottom.plot(common, gap, color=_INK, linewidth=1.6)

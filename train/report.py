@@ -44,8 +44,9 @@ $environment
 """)
 
 METHOD = (
-    "Losses are nats per token, smoothed by local straight-line fits over a fifth of the tokens on either side "
-    "(nine logged steps at least), so that they do not lag behind a falling curve; validation losses are as measured. "
+    "Losses are nats per token, smoothed by local fits, straight in log(tokens), over a fifth of the tokens on either side "
+    "(nine logged steps at least), so that they do not lag behind a falling curve; validation losses are as measured. A gap "
+    "is taken where the shorter run ends, of what both had logged until there. "
     "The gap is the run minus the baseline: below zero the run is ahead; its spread is the standard deviation between "
     "single steps of the last fifth. Tokens per second are medians of the logged steps without their first tenth. "
     "Seconds are those of training steps, compilation included, without evaluations and checkpoints. FLOPs are the "
@@ -77,7 +78,7 @@ def table(comparison: Comparison) -> list[Line]:
         label = f"validation loss ({short_count(c.evaluation_tokens)})"
         lines.append(Line(label, f"{c.evaluation.run:.4f}", f"{c.evaluation.baseline:.4f}", f"{gap:+.4f} nats"))
     lines += [
-        _number("final loss", c.final_loss, lambda x: f"{x:.4f}", ratio=False),
+        _number("final loss, smoothed", c.final_loss, lambda x: f"{x:.4f}", ratio=False),
         _number("tokens trained on", c.tokens, short_count, ratio=False),
         _number("tokens per second", c.tokens_per_second, short_count),
         _number("training time", c.seconds, duration),

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 
-from sieve.train.comparison import Curve, compare, smooth
+from sieve.train.comparison import FEW, Curve, compare, smooth
 from sieve.train.rundir import RunFiles
 
 
@@ -11,10 +11,17 @@ def read(directory) -> RunFiles:
     return RunFiles.read(directory)
 
 
-def test_smooth_keeps_a_straight_line_also_at_its_ends() -> None:
+def test_smooth_keeps_a_straight_line_in_log_x_also_at_its_ends() -> None:
     x = np.arange(1.0, 101.0)
     at = np.array([1.0, 50.5, 100.0])
-    np.testing.assert_allclose(smooth(x, 7 - 0.03 * x, at), 7 - 0.03 * at, rtol=1e-12)
+    np.testing.assert_allclose(smooth(x, 7 - 0.3 * np.log(x), at), 7 - 0.3 * np.log(at), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("points", "error"), [(10, 0.025), (FEW, 0.003), (100, 0.0005)])
+def test_smooth_of_a_falling_loss_is_near_its_end(points: int, error: float) -> None:
+    x = 1000 * np.arange(1.0, points + 1)
+    loss = 2 + 6 * (x / 1000) ** -0.3
+    assert abs(smooth(x, loss, x[-1:])[0] - loss[-1]) < error
 
 
 def test_smooth_is_linear_takes_noise_out_and_skips_nan() -> None:
@@ -30,7 +37,7 @@ def test_smooth_is_linear_takes_noise_out_and_skips_nan() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_smooth_of_very_few_points(count: int) -> None:
     x = np.arange(1.0, count + 1)
-    np.testing.assert_allclose(smooth(x, 2 * x, x[-1:]), 2 * x[-1:], rtol=1e-6)
+    np.testing.assert_allclose(smooth(x, 2 + np.log(x), x[-1:]), 2 + np.log(x[-1:]), rtol=1e-6)
 
 
 def test_seconds_and_flops_are_cumulative_also_when_few_steps_are_logged(make_run) -> None:
@@ -83,6 +90,15 @@ def test_a_shorter_run_is_compared_at_its_end_and_told(make_run) -> None:
     assert result.at_equal_tokens.amount == 25_000 and result.evaluation_tokens == 20_000
     assert any("differ in length" in note for note in result.notes)
     assert any("steps (25 against 40)" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 12, 30])
+def test_a_run_and_its_own_beginning_do_not_differ(make_run, steps: int) -> None:
+    """However few points: what the longer one went on to does not count. Nor at equal seconds and FLOPs."""
+    result = compare(read(make_run("short", steps=steps)), read(make_run("long")))
+    for at in (result.at_equal_tokens, result.at_equal_flops, result.at_equal_seconds):
+        assert at.gap == 0.0 and at.amount > 0
+    assert any(f"Fewer than 20 training losses were logged (short {steps})" in note for note in result.notes) == (steps < 20)
 
 
 def test_an_unfinished_run_and_other_hardware_are_told(make_run) -> None:
