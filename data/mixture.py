@@ -13,7 +13,8 @@ import sentencepiece
 from sieve.data.cache import cache_root, locked, staged
 from sieve.data.config import DataConfig, TokenizerConfig
 from sieve.data.phases import ONLY, phases_of
-from sieve.data.prepare import build_stores, text_passes
+from sieve.data.prepare import build_stores, disjoint, text_passes
+from sieve.data.sources import source_of
 from sieve.data.tokenizer import Tokenizer, train
 from sieve.data.tokens import Tokens
 
@@ -41,6 +42,7 @@ def build_corpus(data: DataConfig, tokenizer: TokenizerConfig) -> Corpus:
         }})
         for name, source in data.sources.items()
     }
+    _held_out_of_all(configs)
     if tokenizer.path is None and not any(config.type == "shards" for config in configs.values()):
         tokenizer = _trained(data, configs, tokenizer)
     found = {}
@@ -59,6 +61,21 @@ def build_corpus(data: DataConfig, tokenizer: TokenizerConfig) -> Corpus:
         {name: stores.train for name, stores in found.items()},
         {name: stores.validation for name, stores in found.items()},
     )
+
+
+def _held_out_of_all(configs: Mapping[str, DataConfig]) -> None:
+    """ValueError where a source is validated on files that another one trains on; `text_passes` looks at each alone."""
+    held_out = {}
+    for name, config in configs.items():
+        if config.validation_paths or config.validation_split:
+            with _named(name):
+                held_out[name] = source_of(config, validation=True)
+    for name, config in configs.items() if held_out else ():
+        if config.type != "shards":
+            with _named(name):
+                source = source_of(config)
+            for other, validation in held_out.items():
+                disjoint(source, validation, f"data.sources.{name}", f"data.sources.{other}")
 
 
 @contextmanager

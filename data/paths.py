@@ -26,6 +26,8 @@ def expand(entries: Sequence[str], forced: Format | None, key: str, remote: Remo
     """
     if not entries:
         raise ValueError(f"{key} is empty; give files, folders or globs, as in {key}=texts/*.jsonl.zst")
+    if any(not entry.strip() for entry in entries):
+        raise ValueError(f"{key}={list(entries)} has an empty entry, which would be the folder that one is in; '.' says so")
     found: dict[str, File] = {}
     for entry in entries:
         files = (remote or Remote()).expand(entry, forced, key) if is_url(entry) else _local(entry, forced, key)

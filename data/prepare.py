@@ -61,7 +61,7 @@ def text_passes(data: DataConfig) -> list[tuple[Source, Split]]:
     if not (data.validation_paths or data.validation_split):
         return [(source, Split.of(source, data.validation_fraction))]
     held_out = source_of(data, validation=True)
-    _disjoint(source, held_out)
+    disjoint(source, held_out)
     return [(source, Split(None)), (held_out, Split(None, "validation"))]
 
 
@@ -159,13 +159,15 @@ def _flush(
     buffer.clear()
 
 
-def _disjoint(source: Source, held_out: Source) -> None:
+def disjoint(source: Source, held_out: Source, where: str = "data", where_held_out: str = "data") -> None:
+    """ValueError where files of `source`, for training, are among those for validation; where: what their settings stand in."""
     if isinstance(source, FileSource) and isinstance(held_out, FileSource):
         shared = {file.key for file in source.files} & {file.key for file in held_out.files}
         if shared:
+            keys = held_out.key.replace("data", where_held_out, 1), source.key.replace("data", where, 1)
             raise ValueError(
-                f"{held_out.key} and {source.key} share {len(shared)} files, as {min(shared)}; a model is not "
-                "validated on its own training text: take them out of one"
+                f"{' and '.join(keys)} share {len(shared)} files, as {min(shared)}; a model is not validated on its own "
+                "training text: take them out of one"
             )
 
 

@@ -39,7 +39,7 @@ from sieve.train.callbacks.speed import Speed
 from sieve.train.callbacks.wandb import Wandb
 from sieve.train.callbacks.watchdog import Watchdog
 from sieve.train.config import RunConfig
-from sieve.train.distributed import Place, any_rank, sum_over_ranks
+from sieve.train.distributed import Place, any_rank, barrier, sum_over_ranks
 from sieve.train.engine import Engine
 from sieve.train.environment import environment
 from sieve.train.optim import adamw
@@ -79,8 +79,6 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
         micro_batch=phases[0].micro_batch, world_size=place.world_size, cuda=place.device.type == "cuda",
     )
     facts = environment(config, place, vocab_size)
-    if place.rank == 0:
-        describe(config, zero, facts)
     initial = partial(initial_value, config=config.model, seed=config.seed)
     if config.init is not None and start is None:
         initial = weights_of(Path(config.init), config, vocab_size)
@@ -119,11 +117,16 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
         Wandb(config.logger),
         Console(),
     ])
-    return Training(run, engine, loader, Callbacks([
+    training = Training(run, engine, loader, Callbacks([
         listeners,
         Evaluate(config.eval, evaluation(config, place, corpus, engine, stop), listeners),
         Checkpoint(config.checkpoint, Saver(config.checkpoint, engine, place, tokenizer=corpus.tokenizer), listeners),
     ]))
+    if place.rank == 0:  # not before nothing can rule the run out any more: it may put another run's folder aside
+        checkpoint.tidy(config.directory, start)
+        describe(config, zero, facts)
+    barrier()
+    return training
 
 
 def resumed_loader(open_loader: Callable[..., RowLoader], run: RunState) -> RowLoader:

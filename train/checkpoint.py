@@ -47,6 +47,7 @@ _DECISIVE = (
     "seq_len", "global_batch", "seed", "dtype",
 )
 _INDIFFERENT = {
+    "data.paths",  # whether the text is the same tells its hash: files may have moved, and a run to another machine
     "model.name", "data.name", "tokenizer.name", "attention.impl", "attention.save_outputs", "model.moe.impl",
     "data.cache_dir", "data.threads", "data.max_broken", "data.workers", "data.prefetch",
     "data.storage_options", "data.retries", "data.timeout", "data.verify",

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sieve.train.schema import closest_key, item_model, keys, shown, submodel, unknown_keys
+from sieve.train.schema import closest_key, item_model, keys, shown, submodel, unfit_numbers, unknown_keys
 
 
 class ConfigError(ValueError):
@@ -16,12 +16,14 @@ class ConfigError(ValueError):
 
 
 def check_keys(model: type[BaseModel], tree: dict[str, Any]) -> None:
-    """ConfigError for keys of `tree` that `model` does not have; before pydantic, whose errors name no neighbour."""
+    """ConfigError for keys of `tree` that `model` does not have, before pydantic, whose errors name no neighbour; and for
+    numbers that pydantic would take, as it takes true for 1."""
     lines = []
     for path, value in unknown_keys(model, tree):
         near = closest_key(model, path)
         hint = f"did you mean {near}?" if near else f"known are {_siblings(model, path)}"
         lines.append(f"{path}={shown(value)}: unknown key; {hint}")
+    lines += [f"{path}={shown(value)}: {wanted}" for path, value, wanted in unfit_numbers(model, tree)]
     if lines:
         raise ConfigError("\n".join(lines))
 

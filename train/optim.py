@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimConfig(Config):
     """AdamW (arXiv 1711.05101): the decay is decoupled from the gradient and scaled by the learning rate."""
 
     lr: float = Field(1e-3, gt=0, description="the schedule's peak")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
     decay_embeddings: bool = Field(False, description="whether the token embedding decays, a tied head with it")

@@ -54,9 +54,10 @@ def compose_tree(overrides: Sequence[str], root: str = "config") -> dict[str, An
             composed = compose(root, overrides=normal)
         tree = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
     except InterpolationResolutionError as error:
-        raise ConfigError(
-            f"{error.full_key}: {_first_line(error)}; only keys that YAML or an override sets can be interpolated"
-        ) from error
+        hint = "" if "${oc." in _first_line(error) or "nvironment variable" in _first_line(error) else (
+            "; only keys that YAML or an override sets can be interpolated"
+        )
+        raise ConfigError(f"{error.full_key}: {_first_line(error)}{hint}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from error
     return {str(key): value for key, value in tree.items()}
@@ -88,6 +89,10 @@ def _normal(text: str, groups: dict[str, list[str]]) -> str:
     raw = text.split("=", 1)[1]
     if key == "attention" and isinstance(value, list):
         return f"++attention.layers={raw}"
+    if key == "profile" and isinstance(value, bool):  # beside profile.KEY=VALUE, in any order
+        return f"++profile.enabled={raw}"
+    if key == "profile" and not isinstance(value, dict):
+        raise ConfigError(f"{text}: must be true or false; one setting is profile.KEY=VALUE")
     if key not in groups:
         if (resources.files(_CONFIGS) / key).is_dir():
             raise ConfigError(f"{text}: this command has no such group; there are {', '.join(groups)}")

@@ -76,9 +76,6 @@ def run(config: RunConfig) -> int:
                             "resume=never", config.directory, start.step, config.total_steps,
                         )
                         return 0
-                if place.rank == 0:
-                    checkpoint.tidy(config.directory, start)
-                distributed.barrier()
             return _train(config, place, start, stop)
         except Stopped as signal:
             log.info("ended by %s; no step has been made since the last checkpoint", signal)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -57,6 +58,26 @@ def unknown_keys(model: type[BaseModel] | None, tree: dict[str, Any], prefix: st
             yield from unknown_keys(part, value, f"{prefix}{name}.")
         elif field is None:
             yield f"{prefix}{name}", value
+
+
+def unfit_numbers(model: type[BaseModel] | None, tree: Any, path: str = "") -> Iterator[tuple[str, Any, str]]:
+    """Values of `tree` that pydantic takes for numbers and nobody means so: dotted key, value, and what is wanted."""
+    if isinstance(tree, float) and math.isinf(tree):
+        yield path, tree, "must be a finite number"
+    elif isinstance(tree, (list, tuple)):
+        for number, item in enumerate(tree):
+            yield from unfit_numbers(model, item, f"{path}[{number}]")
+    elif isinstance(tree, dict):
+        for name, value in tree.items():
+            key = f"{path}.{name}" if path else str(name)
+            field = None if model is None else model.model_fields.get(name)
+            if field is None:  # a dict of parts, or of whatever has no settings of its own
+                yield from unfit_numbers(model if isinstance(value, dict) else None, value, key)
+                continue
+            kinds = _kind(field.annotation).split("|")
+            if isinstance(value, bool) and {"int", "float"} & set(kinds) and "true" not in kinds:
+                yield key, value, "must be a number, not a switch"
+            yield from unfit_numbers(submodel(field.annotation) or item_model(field.annotation), value, key)
 
 
 def closest_key(model: type[BaseModel], path: str) -> str | None:

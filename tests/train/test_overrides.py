@@ -76,6 +76,14 @@ MISTAKES = [
     ("data=books-python data.phases=[{from_tokens:9,weights:{book:1}}]", "must name each of sources, which are books, python"),
     ("data.upsample={64:-1}", "data.upsample.64=-1: must be greater than or equal to 0"),
     ('tokenizer.special_tokens=["<s>"]', "tokenizer.special_tokens=[<s>]: '<s>' is a piece of every trained tokenizer already"),
+    # numbers that pydantic takes for such
+    ("optim.lr=inf", "optim.lr=inf: must be a finite number"),
+    ("data=books-python data.sources.books.weight=inf", "data.sources.books.weight=inf: must be a finite number"),
+    ("data.phases=[{from_tokens:9,global_batch:true}]", "data.phases[0].global_batch=true: must be a number, not a switch"),
+    ("steps=true", "steps=true: must be a number, not a switch"),
+    ("model.moe.top_k=true", "model.moe.top_k=true: must be a number, not a switch"),
+    ("optim.betas=[0.9,1.0]", "optim.betas[1]=1: must be less than 1"),
+    ("profile=yes", "profile=yes: must be true or false; one setting is profile.KEY=VALUE"),
     # syntax
     ("steps", "steps: is not KEY=VALUE"),
     ("steps==3", "steps==3: cannot be read as KEY=VALUE"),
@@ -107,6 +115,19 @@ def test_all_mistakes_are_told_at_once():
 def test_defaults_need_no_override():
     config = load_config()
     assert (config.name, config.total_steps, config.attention.type) == ("tiny-nsa-python", 1000, "nsa")
+
+
+@pytest.mark.parametrize("given", [["profile=true", "profile.after=3"], ["profile.after=3", "profile=true"]], ids=" ".join)
+def test_profile_as_a_switch_keeps_its_other_settings(given):
+    found = load_config(["steps=20", *given]).profile
+    assert found.enabled and found.after == 3
+
+
+def test_an_environment_variable_that_is_not_set(monkeypatch):
+    monkeypatch.delenv("SIEVE_NOWHERE", raising=False)
+    with pytest.raises(ConfigError, match="SIEVE_NOWHERE") as error:
+        load_config(["name=${oc.env:SIEVE_NOWHERE}"])
+    assert "interpolated" not in str(error.value)
 
 
 def test_groups_values_and_lists():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -150,6 +151,38 @@ def test_other_settings_do_not_go_on_from_a_checkpoint(tiny_text, one_rank, tmp_
     assert main([*command, "steps=4", "log.every=2", "data.threads=1"]) == 0
     said = "the learning rate had come down to 0.1 of its peak by step 2 of 2, and rises to 1 again with steps=4"
     assert said in capsys.readouterr().err
+
+
+def test_text_that_has_moved_is_the_same_text(tiny_text, one_rank, tmp_path, capsys):
+    (place,) = (Path(text.split("'")[1]) for text in tiny_text if text.startswith("data.paths="))
+    settings = [text for text in tiny_text if not text.startswith("data.paths=")]
+    command = [*settings, f"runs_dir={tmp_path}", "attention=full", "eval=none", "schedule.decay=0"]
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(place, moved)
+
+    def losses(name: str) -> list[float]:
+        return [row["train/loss"] for row in rows(tmp_path / name)]
+
+    assert main([*command, f"data.paths=['{place}']", "steps=4", "name=run"]) == 0
+    assert main([*command, f"data.paths=['{place}']", "steps=6", "name=far"]) == 0
+    assert main([*command, f"data.paths=['{moved}']", "steps=6", "name=run"]) == 0
+    assert losses("run") == losses("far") and len(losses("run")) == 6
+    (moved / "05.txt").write_text("another text altogether\n")
+    assert main([*command, f"data.paths=['{moved}']", "steps=8", "name=run"]) == 2
+    assert "the training text, its tokenizer or the mixture changed" in capsys.readouterr().err
+    assert len(losses("run")) == 6
+
+
+def test_a_run_is_not_put_aside_for_one_that_cannot_begin(tiny_text, one_rank, tmp_path, capsys):
+    command = [*tiny_text, f"runs_dir={tmp_path}", "name=run", "attention=full", "steps=2", "resume=never"]
+    assert main(command) == 0
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    for wrong in (f"data.paths=['{tmp_path}/nothing']", "seq_len=1000000", f"init={tmp_path}/nothing"):
+        assert main([*command, wrong]) == 2, wrong
+        assert sorted(path.name for path in tmp_path.rglob("*")) == before, wrong
+    assert (tmp_path / "run" / "config.yaml").read_text() == config
+    assert "held another run" not in capsys.readouterr().err
 
 
 def test_resume_by_step_never_and_path(tiny_text, one_rank, tmp_path, capsys):
