@@ -75,3 +75,11 @@ def test_folder_without_texts(folder):
 def test_nothing_given():
     with pytest.raises(ValueError, match="data.validation_paths is empty; give files"):
         expand([], None, "data.validation_paths")
+
+
+@pytest.mark.parametrize("entries", [[""], ["a.txt", " "]])
+def test_an_empty_entry_is_not_the_folder_that_one_is_in(entries, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"data.paths=\[.*\] has an empty entry, which would be the folder that one is in"):
+        expand(entries, None, "data.paths")
+    assert expand(["."], None, "data.paths")
