@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from importlib import resources
+from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
@@ -19,6 +20,7 @@ from pydantic import BaseModel, ValidationError
 from sieve.train.config import RunConfig
 from sieve.train.mistakes import ConfigError, check_keys, explain
 from sieve.train.schema import shown
+from sieve.train.settings_file import overrides_of
 
 _CONFIGS = "sieve.configs"
 
@@ -48,7 +50,7 @@ def load(
 def compose_tree(overrides: Sequence[str], root: str = "config") -> dict[str, Any]:
     """What Hydra makes of the YAML files and the overrides: plain, resolved, not yet checked against a model."""
     groups = config_groups(root)
-    normal = [_normal(text, groups) for text in overrides]
+    normal = [_normal(text, groups) for given in overrides for text in _of_file(given)]
     try:
         with initialize_config_module(_CONFIGS, version_base="1.3"):
             composed = compose(root, overrides=normal)
@@ -61,6 +63,17 @@ def compose_tree(overrides: Sequence[str], root: str = "config") -> dict[str, An
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_first_line(error)) from error
     return {str(key): value for key, value in tree.items()}
+
+
+def _of_file(text: str) -> list[str]:
+    """config=FILE as the overrides that the file stands for; any other text as it is."""
+    if not text.startswith("config="):
+        return [text]
+    path = Path(text.removeprefix("config="))
+    try:
+        return overrides_of(path)
+    except ValueError as error:
+        raise ConfigError(f"{text}: {error}") from error
 
 
 def config_groups(root: str = "config") -> dict[str, list[str]]:

@@ -31,6 +31,7 @@ Pretrain a decoder. The same command goes on where the run was stopped. Under to
   sieve train attention=full steps=200 name=baseline    GROUP=CHOICE picks a YAML file, KEY=VALUE sets one value
   sieve train attention='[full,nsa]' baseline=baseline  full attention and NSA in turn, compared with another run
   sieve train --cfg job dtype=bf16                      print the whole configuration and end
+  sieve train config=mine.yaml name=second              settings of a YAML file, such as that prints
 """
 
 
