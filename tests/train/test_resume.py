@@ -33,12 +33,16 @@ class Crash(Exception):
 
 
 def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the training step `step` end in a Crash after the weights have changed."""
+    """Let the training step `step` end in a Crash after the weights have changed, and after the checkpoint that is being
+    written beside it is there."""
     original = loop.train_step
 
     def failing(run, *rest):
         record = original(run, *rest)
         if run.step == step:
+            deadline = time.monotonic() + 60
+            while not checkpoints(run.directory) and time.monotonic() < deadline:
+                time.sleep(0.01)
             raise Crash
         return record
 
