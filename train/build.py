@@ -90,7 +90,8 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
         initial=initial, ropes=ropes(config.model.rope, phases),
     )
     run = RunState(
-        config, config.directory, place.rank, place.world_size, config.total_steps, facts["flops_per_token"]
+        config, config.directory, place.rank, place.world_size, config.total_steps, facts["flops_per_token"],
+        validation={name: tokens.id for name, tokens in corpus.validation.items()},
     )
     if start is not None:
         checkpoint.restore(start, run, engine)
@@ -101,6 +102,8 @@ def build(config: RunConfig, place: Place, start: checkpoint.Saved | None, stop:
         pin=place.device if on_cuda else None,
     )
     loader = resumed_loader(open_loader, run)
+    if start is not None:  # after the training text, with which validation text may have changed
+        checkpoint.check_validation(start, run.validation, config.resume_mismatch)
     needs = [(config.model, config.attention, vocab_size, phase.seq_len) for phase in phases]
     listeners = Callbacks([
         Watchdog(config.watchdog),

@@ -223,10 +223,12 @@ def _on_rank_0(work: Callable[[], Any], place: Place) -> Any:
 def check_fits(saved: Saved, config: RunConfig, mismatch: Literal["refuse", "allow"] = "refuse") -> None:
     """ValueError, naming what differs, when a run of `config` is another one than `saved` was made by; with "allow" it is
     only said."""
+    # Of text that is told by its hash, as training's is, the place does not matter.
+    indifferent = _INDIFFERENT | ({"data.validation_paths"} if saved.manifest.get("validation") else set())
     found = {
         key: values
         for key, values in differences(flatten(saved.manifest["config"]), flatten(config.dump())).items()
-        if key.startswith(_DECISIVE) and re.sub(r"^data\.sources\.[^.]+", "data", key) not in _INDIFFERENT
+        if key.startswith(_DECISIVE) and re.sub(r"^data\.sources\.[^.]+", "data", key) not in indifferent
         or key == "init" and values[1] is not None  # it would have no effect
     }
     if not found:
@@ -239,6 +241,19 @@ def check_fits(saved: Saved, config: RunConfig, mismatch: Literal["refuse", "all
         f"{saved.path} was saved by a run with other settings: {listed}; restore them, or start another run with "
         "name=..., or resume=never; resume_mismatch=allow goes on with the new ones"
     )
+
+
+def check_validation(saved: Saved, now: dict[str, str], mismatch: Literal["refuse", "allow"] = "refuse") -> None:
+    """ValueError when the validation text, by source, is not what losses until `saved` were measured on; as check_fits."""
+    changed = sorted(name for name, text in saved.manifest.get("validation", {}).items() if now.get(name, text) != text)
+    if not changed:
+        return
+    of = f" of {', '.join(changed)}" if len(now) > 1 else ""
+    told = f"the validation text{of} is not the one that losses until {saved.path} were measured on"
+    if mismatch == "allow":
+        log.warning("%s; going on, as resume_mismatch=allow says", told)
+        return
+    raise ValueError(f"{told}; restore it, or start another run; resume_mismatch=allow goes on with the new one")
 
 
 def restore(saved: Saved, run: RunState, engine: Engine) -> None:

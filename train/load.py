@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,16 +24,17 @@ log = logging.getLogger(__name__)
 class Opened:
     """A model to use. config, tokenizer: of the run it is from, None for an exported folder, which has its text in `loaded`.
     folder: what was opened, a run, a checkpoint or an exported model, where it lies now (config has where the run lay when it
-    was trained)."""
+    was trained). validation_ids: of the run's validation text by source, none where its checkpoint does not say."""
 
     loaded: Loaded
     config: RunConfig | None
     tokenizer: Encoder | None
     folder: Path
+    validation_ids: dict[str, str] = field(default_factory=dict)
 
     def validation(self) -> dict[str, Tokens]:
         """The run's validation text by source, none for an exported folder. ValueError when it cannot be had any more, or has
-        become another one since, which the run's tokenizer tells where it was trained on the text."""
+        become another one since."""
         if self.config is None:
             return {}
         corpus = build_corpus(self.config.data, self.config.tokenizer)
@@ -42,6 +43,12 @@ class Opened:
                 f"the text of {self.config.name} has changed since: its tokenizer is {corpus.tokenizer.hash} now and was "
                 f"{self.tokenizer.hash}; name the text to measure by loss.source"
             )
+        for name, tokens in corpus.validation.items():
+            if tokens.id != self.validation_ids.get(name, tokens.id):
+                of = f" ({name})" if len(corpus.validation) > 1 else ""
+                raise ValueError(
+                    f"the validation text of {self.config.name}{of} has changed since; name the text to measure by loss.source"
+                )
         return corpus.validation
 
 
@@ -74,7 +81,7 @@ def open_model(path: str, runs_dir: str, device: torch.device, dtype: torch.dtyp
     decoder = decoder.to(device, dtype).eval().requires_grad_(False)
     name = f"{config.name} step {saved.step}"
     loaded = Loaded(name, decoder, Text.of(tokenizer), weights.seq_len)
-    return Opened(loaded, config, tokenizer, found)
+    return Opened(loaded, config, tokenizer, found, saved.manifest.get("validation", {}))
 
 
 def tokenizer_of(saved: checkpoint.Saved, config: RunConfig) -> Encoder:

@@ -114,6 +114,7 @@ class Saver:
             "format": FORMAT, "step": run.step, "tokens": run.tokens, "tokens_before": run.tokens_before,
             "tokens_hash": (run.data or {}).get("hash"), "evaluated_step": run.evaluated_step, "world_size": run.world_size,
             "zero_stage": run.config.zero.stage, "wandb_id": run.wandb_id, "guard": run.guard, "data": run.data,
+            "validation": run.validation,
             "parameters": {**shapes(self.engine.module), **{n: list(b.shape) for n, b in buffers.items()}},
             "buffers": sorted(buffers), "config": run.config.dump(),
             "tokenizer": None if self._tokenizer is None else described(self._tokenizer),

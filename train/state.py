@@ -23,7 +23,7 @@ class RunState:
     data: the loader's state after `step`. resumed_from: the step of the checkpoint that this process began with.
     evaluated_step: the last step with an evaluation. stopping: whether the run ends after this step, unfinished.
     failure: why it cannot go on after this step, else None. save_requested: whether somebody wants a checkpoint of it.
-    guard: of sieve.train.guard, None before the first step.
+    guard: of sieve.train.guard, None before the first step. validation: the validation text's id by source.
     health, step_load, router_bias: of the last logged step, see DecoderOutput; means and sums over the global batch.
     expert_load: the sum of the loads of all steps since the one logged before it. load_since: of the steps after it.
     """
@@ -45,6 +45,7 @@ class RunState:
     failure: str | None = None
     save_requested: bool = False
     guard: dict[str, Any] | None = None
+    validation: dict[str, str] = field(default_factory=dict)
     health: dict[str, Tensor] = field(default_factory=dict)
     expert_load: dict[int, Tensor] = field(default_factory=dict)
     load_since: dict[int, Tensor] = field(default_factory=dict)

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from sieve.train import loop
 from sieve.train.checkpoint import checkpoints
+from sieve.train.load import open_model
 from sieve.train.overrides import load_config
 from sieve.train.run import main, run
 
@@ -175,6 +177,26 @@ def test_text_that_has_moved_is_the_same_text(tiny_text, one_rank, tmp_path, cap
     assert main([*command, f"data.paths=['{moved}']", "steps=8", "name=run"]) == 2
     assert "the training text, its tokenizer or the mixture changed" in capsys.readouterr().err
     assert len(losses("run")) == 6
+
+
+def test_another_validation_text_is_told(tiny_text, one_rank, tmp_path, capsys):
+    texts = tmp_path / "validation"
+    texts.mkdir()
+    (texts / "a.txt").write_text("abc def " * 100)
+    settings = [text for text in tiny_text if not text.startswith("data.validation_fraction")]
+    command = [*settings, f"runs_dir={tmp_path}", "name=run", "attention=full", "schedule.decay=0"]
+    assert main([*command, f"data.validation_paths=['{texts}']", "steps=2"]) == 0
+    texts.rename(tmp_path / "moved")
+    moved = f"data.validation_paths=['{tmp_path}/moved']"
+    assert main([*command, moved, "steps=3"]) == 0
+    (tmp_path / "moved" / "a.txt").write_text("abc deg " * 100)
+    assert main([*command, moved, "steps=4"]) == 2
+    assert "the validation text is not the one that losses until" in capsys.readouterr().err
+    opened = open_model("run", str(tmp_path), torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="the validation text of .* has changed since"):
+        opened.validation()
+    assert main([*command, moved, "steps=4", "resume_mismatch=allow"]) == 0
+    assert "going on, as resume_mismatch=allow says" in capsys.readouterr().err
 
 
 def test_a_run_is_not_put_aside_for_one_that_cannot_begin(tiny_text, one_rank, tmp_path, capsys):
