@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from sieve.data.cache import cache_root, staged
 from sieve.data.config import DataConfig, TokenizerConfig
+from sieve.data.disk import told
 from sieve.data.document import Source
 from sieve.data.encode_pool import EncodePool
 from sieve.data.prepare import make_tokenizer, text_passes
@@ -69,18 +70,18 @@ def prepare_shards(
             return Outcome(True, json.loads((out / MANIFEST).read_text()), 0.0, 0)
         for left_over in out.glob(f"{TOKENIZER}.tmp-*"):
             shutil.rmtree(left_over)
-        write_json(out / JOURNAL, journal)  # from here on the folder belongs to these settings
-        if not (out / TOKENIZER).exists():
-            with staged(out / TOKENIZER) as folder:
-                save(encoder, folder)
         try:
+            write_json(out / JOURNAL, journal)  # from here on the folder belongs to these settings
+            if not (out / TOKENIZER).exists():
+                with staged(out / TOKENIZER) as folder:
+                    save(encoder, folder)
             return _Job(data.name, passes, encoder, out, journal, shard_tokens).run(processes, save_every, stop)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                 raise
-            raise ValueError(
-                f"{out} cannot be written ({error.strerror}); what is saved stays: make room, and the same command goes on"
-            ) from error
+            if error.filename is None:
+                error.filename = str(out)
+            raise ValueError(f"{told(error)}; what is saved stays: make room, and the same command goes on") from error
 
 
 class _Job:

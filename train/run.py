@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sieve.data.disk import writing
 from sieve.train.command import describe_keys, is_for_the_user, log_to_stderr, run_command
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def _train(config: RunConfig, place: Place, start: Saved | None, stop: StopSigna
 
     if place.device.type == "cuda" and config.dtype == "fp32":
         log.info("dtype=fp32 computes without TF32; dtype=bf16 is several times faster and keeps fp32 master weights")
-    with stop.at_once():
+    with stop.at_once(), writing(config.directory):
         training = build(config, place, start, stop)
     steps = training.run.total_steps
     if start is not None:

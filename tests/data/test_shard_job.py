@@ -158,10 +158,14 @@ def test_a_full_disk_is_told_and_got_over(data, model, tmp_path, undisturbed, mo
         real(self, which, content)
 
     monkeypatch.setattr(shard_job.ShardWriter, "_write", write)
-    with pytest.raises(ValueError, match="out cannot be written .No space left on device.; what is saved stays: make room"):
+    with pytest.raises(ValueError, match="out: No space left on device; .* are free in .*; what is saved stays: make room"):
         prepared(data, model, tmp_path / "out", save_every=0.0)
     monkeypatch.setattr(shard_job.ShardWriter, "_write", real)
     assert json.loads((tmp_path / "out" / "journal.json").read_text())["parts"]["train"]["open"]["documents"] > 0
+    (tmp_path / "out" / ".journal.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="out/journal.json: No space left on device; .*the same command goes on"):
+        prepared(data, model, tmp_path / "out")
+    (tmp_path / "out" / ".journal.json.tmp").unlink()
     prepared(data, model, tmp_path / "out")
     assert contents(tmp_path / "out") == undisturbed
 
