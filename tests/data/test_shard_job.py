@@ -110,13 +110,16 @@ def test_a_finished_folder_is_left_alone(data, model, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(shard_tokens=5), "shard_tokens 20000 instead of 5"), (dict(fraction=0.5), "split "), (dict(text=True), "source "),
+    (dict(shard_tokens=5), "shard_tokens 20000 instead of 5"), (dict(fraction=0.5), "split "),
+    (dict(text=True), r"source \(bytes [0-9]+ instead of [0-9]+\);"),
+    (dict(data={"min_bytes": 9, "max_bytes": 10**8}), "source .data.max_bytes None instead of 100000000, data.min_b.* 9.;"),
 ])
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused(data, model, tmp_path, corpus, change, said, finished):
     prepared(data, model, tmp_path / "out", stop=lambda: not finished)
     if "fraction" in change:
         data = data.model_copy(update={"validation_fraction": 0.5})
+    data = data.model_copy(update=change.get("data", {}))
     if "text" in change:
         (corpus / "b.jsonl").write_text('{"text": "other"}\n' * 9)
     with pytest.raises(ValueError, match=f"out was made with other settings: {said}.*give another out="):
