@@ -72,9 +72,12 @@ def run(config: RunConfig) -> int:
                 if start is not None:
                     checkpoint.check_fits(start, config, config.resume_mismatch)
                     if _is_complete(start, config):
+                        asked = f"of {config.total_steps}"
+                        if start.step > config.total_steps:
+                            asked = f"is made, and {config.total_steps} are asked for"
                         log.info(
-                            "%s is complete: step %d of %d; more with steps=, another run with name=, anew with "
-                            "resume=never", config.directory, start.step, config.total_steps,
+                            "%s is complete: step %d %s; more with steps=, another run with name=, anew with resume=never",
+                            config.directory, start.step, asked,
                         )
                         return 0
                 if place.rank == 0:
