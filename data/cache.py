@@ -12,6 +12,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sieve.data.disk import writing
+
 logger = logging.getLogger(__name__)
 
 
@@ -59,9 +61,10 @@ def staged(target: Path) -> Iterator[Path]:
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f"{target.name}.tmp-", dir=target.parent))
     try:
-        yield folder
-        for path in (*folder.iterdir(), folder):
-            _sync(path)
+        with writing(target):
+            yield folder
+            for path in (*folder.iterdir(), folder):
+                _sync(path)
         folder.chmod(0o755)  # mkdtemp's own mode would lock other users out of a shared cache
         try:
             folder.rename(target)

@@ -17,7 +17,8 @@ class Phase:
 
     seq_len: tokens a row; global_batch, micro_batch: in rows. packing: a name of sieve.data.stream.PACKERS.
     weights: by source, their ratio is that of the tokens read, padding left out. upsample: by source, from a length in
-    tokens on, how many times as often its documents are read. rope_factor: for the model, see PhaseConfig.
+    tokens on, how many times as often its documents are read. rope_factor: for the model, see PhaseConfig. seq_len_key: the
+    setting that gave seq_len, for messages.
     """
 
     from_tokens: int
@@ -28,6 +29,7 @@ class Phase:
     weights: Mapping[str, float] = field(default_factory=dict)
     upsample: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
     rope_factor: float = 1.0
+    seq_len_key: str = field(default="seq_len", compare=False)
 
     @property
     def tokens_per_step(self) -> int:
@@ -43,10 +45,12 @@ def phases_of(data: DataConfig, *, seq_len: int, global_batch: int, micro_batch:
         {name: source.upsample for name, source in own.items()},
     )
     found = [phase]
-    for given in data.phases:
+    for i, given in enumerate(data.phases):
         changed = {key: value for key in type(given).model_fields if (value := getattr(given, key)) is not None}
         if "upsample" in changed:
             changed["upsample"] = dict.fromkeys(own, changed["upsample"])
+        if "seq_len" in changed:
+            changed["seq_len_key"] = f"data.phases[{i}].seq_len"
         phase = replace(phase, **changed)
         found.append(phase)
     return tuple(found)

@@ -73,7 +73,12 @@ def make_tokenizer(root: Path, source: Source, split: Split, config: TokenizerCo
     parts = [part for document in source.sample(config.sample_bytes) for part in split.parts(document)]
     texts = [text for part, text in parts if part == "train"]
     if not texts:
-        raise ValueError(f"no text to train a tokenizer on in {in_words(source)}: {source.skipped()} were left out")
+        skipped = source.skipped()
+        if next(iter(source), None) is not None:
+            raise ValueError(
+                f"tokenizer.sample_bytes={config.sample_bytes}: so little of {in_words(source)} has no training text; raise it"
+            )
+        raise ValueError(f"no text to train a tokenizer on in {in_words(source)}: {skipped} were left out")
     settings = config.model_dump_json(exclude={"name", "path"})
     target = root / "tokenizers" / _key(settings, sentencepiece.__version__, *texts)
     model = target / "tokenizer.model"

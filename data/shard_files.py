@@ -19,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from sieve.data.disk import writing
+
 FORMAT = 1  # raise it when the files, or the ids of the same text and tokenizer, change
 MANIFEST, JOURNAL, TOKENIZER = "manifest.json", "journal.json", "tokenizer"
 OFFSET = np.dtype("<i8")
@@ -71,11 +73,12 @@ def sha256(path: Path) -> str:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Replace `path` in one step: after a crash it holds the old text or the new, on the disk."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with writing(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
     sync_folder(path.parent)
 
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from sieve.data.cache import cache_root, staged
 from sieve.data.config import DataConfig, TokenizerConfig
+from sieve.data.disk import told
 from sieve.data.document import Source
 from sieve.data.encode_pool import EncodePool
 from sieve.data.prepare import make_tokenizer, text_passes
@@ -31,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 BATCH_CHARS = 1 << 20  # what a process is given at once
 PARTS = ("train", "validation")
+PLACES = {"first", "roots"}  # of a source's description: where it lies, which may change
 
 
 @dataclass(frozen=True)
@@ -63,24 +65,24 @@ def prepare_shards(
             "split": [asdict(split) for _, split in passes], "tokenizer": described(encoder),
             "shard_tokens": shard_tokens,
         }
-        journal = _journal(out, settings)
+        journal = _journal(out, settings, [source.description for source, _ in passes])
         if journal is None:
             (out / JOURNAL).unlink(missing_ok=True)
             return Outcome(True, json.loads((out / MANIFEST).read_text()), 0.0, 0)
         for left_over in out.glob(f"{TOKENIZER}.tmp-*"):
             shutil.rmtree(left_over)
-        write_json(out / JOURNAL, journal)  # from here on the folder belongs to these settings
-        if not (out / TOKENIZER).exists():
-            with staged(out / TOKENIZER) as folder:
-                save(encoder, folder)
         try:
+            write_json(out / JOURNAL, journal)  # from here on the folder belongs to these settings
+            if not (out / TOKENIZER).exists():
+                with staged(out / TOKENIZER) as folder:
+                    save(encoder, folder)
             return _Job(data.name, passes, encoder, out, journal, shard_tokens).run(processes, save_every, stop)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
                 raise
-            raise ValueError(
-                f"{out} cannot be written ({error.strerror}); what is saved stays: make room, and the same command goes on"
-            ) from error
+            if error.filename is None:
+                error.filename = str(out)
+            raise ValueError(f"{told(error)}; what is saved stays: make room, and the same command goes on") from error
 
 
 class _Job:
@@ -90,6 +92,7 @@ class _Job:
     ):
         self._name, self._passes, self._encoder, self._out = name, passes, encoder, out
         self._settings: dict[str, Any] = journal["settings"]
+        self._sources = [source.description for source, _ in passes]
         self._place: tuple[int, dict[str, int]] = (journal["pass"], journal["cursor"])
         self._skipped: list[str] = journal["skipped"]
         self._writers = {
@@ -159,7 +162,7 @@ class _Job:
             writer.sync()
         number, cursor = self._place
         write_json(self._out / JOURNAL, {
-            "settings": self._settings, "pass": number, "cursor": cursor, "skipped": self._skipped,
+            "settings": self._settings, "sources": self._sources, "pass": number, "cursor": cursor, "skipped": self._skipped,
             "parts": {part: writer.state for part, writer in self._writers.items()},
         })
 
@@ -174,7 +177,7 @@ class _Job:
             "format": FORMAT, "name": self._name, "tokenizer": self._settings["tokenizer"],
             "dtype": "uint16" if self._encoder.vocab_size <= 65536 else "uint32",
             "parts": {part: writer.finish() for part, writer in self._writers.items()},
-            "sources": [source.description for source, _ in self._passes], "skipped": self._skipped,
+            "sources": self._sources, "skipped": self._skipped,
             "settings": self._settings,
         }
         write_json(self._out / MANIFEST, manifest)
@@ -186,8 +189,9 @@ class _Job:
         return sum(w.num_documents for w in writers), sum(w.num_tokens for w in writers)
 
 
-def _journal(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """Where to go on in `out`; None if it is finished. ValueError if it was begun with other settings."""
+def _journal(out: Path, settings: dict[str, Any], sources: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Where to go on in `out`; None if it is finished. ValueError if it was begun with other settings. sources: what the
+    sources say of themselves, for that message."""
     for name in (MANIFEST, JOURNAL):
         try:
             found = json.loads((out / name).read_text())
@@ -198,13 +202,27 @@ def _journal(out: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
         was = found.get("settings", {})
         changed = [key for key in settings if was.get(key) != settings[key]]
         if changed:
-            told = ", ".join(f"{key} {was.get(key)} instead of {settings[key]}" for key in changed)
+            told = ", ".join(
+                _other_source(found.get("sources", []), sources) if key == "source"
+                else f"{key} {was.get(key)} instead of {settings[key]}" for key in changed
+            )
             raise ValueError(f"{out} was made with other settings: {told}; give another out=, or remove the folder")
         return None if name == MANIFEST else found
     others = sorted(path.name for path in out.iterdir() if path.name != f".{JOURNAL}.tmp")
     if others:
         raise ValueError(f"{out} holds other files, as {others[0]}; give another out=")
-    return {"settings": settings, "pass": 0, "cursor": {}, "skipped": [], "parts": {}}
+    return {"settings": settings, "sources": sources, "pass": 0, "cursor": {}, "skipped": [], "parts": {}}
+
+
+def _other_source(was: list[dict[str, Any]], now: list[dict[str, Any]]) -> str:
+    """What of a source is another, where its fingerprint is; was: empty in the journals of older versions."""
+    if not was:
+        return "source (its text, or data.text_field, data.min_bytes, data.max_bytes or data.max_document_bytes)"
+    told = [
+        f"{'data.' * (key in DataConfig.model_fields)}{key} {old[key]} instead of {new[key]}"
+        for old, new in zip(was, now) for key in old.keys() & new.keys() - PLACES if old[key] != new[key]
+    ]
+    return f"source ({', '.join(sorted(set(told))) or 'its text'})"
 
 
 @contextmanager

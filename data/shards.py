@@ -105,10 +105,25 @@ def open_shards(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Encoder, 
             f"data.paths={folder} was made with the tokenizer {encoder.hash}, and tokenizer.path={tokenizer.path} is "
             f"{given.hash}; leave tokenizer.path out to use the shards' own, or prepare the text with this one"
         )
+    if given is None:
+        _warn_of_others(tokenizer, encoder, folder)
     trusted = data.verify != "never"
     train, validation = (ShardedStore(folder, manifest, part, trusted=trusted) for part in ("train", "validation"))
     verify(folder, [*train.files(), *validation.files()], data.verify, data.cache_dir)
     return encoder, train, validation
+
+
+def _warn_of_others(config: TokenizerConfig, encoder: Encoder, folder: Path) -> None:
+    """Where `config` asks for a tokenizer to be trained, which shards cannot be read with. No error, since presets ask too; and
+    not where its vocabulary is as large as that of the shards, which then were made as it says, for all that is known."""
+    fields = TokenizerConfig.model_fields
+    others = {key: value for key, value in config if key != "name" and value != fields[key].default}
+    if others and config.vocab_size != encoder.vocab_size:
+        told = ", ".join(f"tokenizer.{key}={value}" for key, value in others.items())
+        logger.warning(
+            "no effect has %s: the shards in %s bring the tokenizer they were made with, of %d pieces", told, folder,
+            encoder.vocab_size,
+        )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

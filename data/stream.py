@@ -131,9 +131,9 @@ class Stream:
                 )
             if weight and sum(b.num_tokens for b, a in zip(own, amounts) if a) < phase.seq_len:
                 raise ValueError(
-                    f"seq_len={phase.seq_len}, but {_text_of(name, len(self._sources))} has {tokens.num_tokens} tokens "
-                    f"in {tokens.num_documents} documents, less than one row; lower seq_len, or give more text "
-                    "(data.paths, data.max_bytes)"
+                    f"{phase.seq_len_key}={phase.seq_len}, but {_text_of(name, len(self._sources))} has {tokens.num_tokens} "
+                    f"tokens in {tokens.num_documents} documents, less than one row; lower {phase.seq_len_key}, or give more "
+                    "text (data.paths, data.max_bytes)"
                 )
             shares += [weight * amount / (sum(amounts) or 1) for amount in amounts]
         if not any(shares):

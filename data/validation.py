@@ -23,20 +23,21 @@ def validation_batches(
     rank: int = 0,
     world_size: int = 1,
     source: str = "",
+    seq_len_key: str = "seq_len",
 ) -> Iterator[Batch]:
     """This rank's share of the store's first rows, the same ones every time: documents in the store's own order.
 
     Only whole rows count: what is left after the last is dropped. `max_rows` (None: all) bounds them over all ranks.
     Every rank gets the same number of full micro-batches, because collectives must be met by all: where rows run out,
-    the last row is repeated with no labels, which adds nothing to a sum over labelled tokens. source: of a mixture,
-    for messages. Raises ValueError at the call if the store has not one whole row.
+    the last row is repeated with no labels, which adds nothing to a sum over labelled tokens. source: of a mixture, and
+    seq_len_key: the setting that gave seq_len, for messages. Raises ValueError at the call if the store has not one whole row.
     """
     whole = store.num_tokens // seq_len
     if whole < 1:
         raise ValueError(
-            f"seq_len={seq_len}, but the validation text{f' of {source}' if source else ''} has {store.num_tokens} "
+            f"{seq_len_key}={seq_len}, but the validation text{f' of {source}' if source else ''} has {store.num_tokens} "
             f"tokens in {store.num_documents} documents, less than one row; raise data.validation_fraction, give "
-            "data.validation_paths or lower seq_len"
+            f"data.validation_paths or lower {seq_len_key}"
         )
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows={max_rows}; validation needs at least one row")

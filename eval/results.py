@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from sieve.data.disk import writing
 from sieve.eval.runner import Result
 
 FILE = "results.json"
@@ -58,8 +59,9 @@ def write_results(results: Sequence[Result], folder: Path, about: dict[str, Any]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    unfinished.replace(path)
+    with writing(path):
+        unfinished.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        unfinished.replace(path)
     return there
 
 

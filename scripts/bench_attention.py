@@ -12,6 +12,8 @@ import re
 import sys
 from pathlib import Path
 
+from sieve.scripts.bench.arguments import at_least
+
 EXAMPLES = """examples:
   sieve bench attention --quick                                             8k and 64k, one shape
   sieve bench attention --shapes 64/4/192/128 --lengths 8192,65536 --inputs structured --rivals fa4,cudnn
@@ -40,7 +42,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--only", choices=PARTS, help="one part of the operator, without rivals")
     add("--sweep", action="store_true", help="time the tile sizes of --only's kernels (all branches without it)")
     add("--launch", help="with --sweep, one launch of the branch: fwd, 'fwd + gates', dq, dkv")
-    add("--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)")
+    add("--rounds", type=at_least(1), default=5, help="interleaved rounds (default %(default)s)")
     add("--recompute", action="store_true", help="the operator also without keeping the branches' outputs")
     add("--quick", action="store_true", help="8k and 64k of the first shape, structured, three rounds")
     add("--out", type=Path, default=Path("benchmarks/attention"), help="folder of JSON and PNG (default %(default)s)")

@@ -33,6 +33,7 @@ from sieve.data.phases import ONLY, Phase
 from sieve.data.sources import source_of
 from sieve.data.tokenizer import Tokenizer
 from sieve.data.tokens import Tokens, lengths
+from sieve.scripts.bench.arguments import at_least
 from sieve.train.environment import git_state
 from sieve.train.overrides import load_config
 
@@ -43,10 +44,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="sieve bench data", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("overrides", nargs="*", metavar="KEY=VALUE", help="as of `sieve train`: data, tokenizer, seq_len, global_batch")
-    add("--tokens", type=int, default=20_000_000, help="read in a round (default %(default)s)")
-    add("--rival-bytes", type=int, default=8_000_000, help="text streamed in a round; 0: no rival (default %(default)s)")
-    add("--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)")
-    add("--busy-ms", type=float, default=100.0, help="of Python work a step in the last part (default %(default)s)")
+    add("--tokens", type=at_least(1), default=20_000_000, help="read in a round (default %(default)s)")
+    add("--rival-bytes", type=at_least(0), default=8_000_000, help="text streamed a round; 0: no rival (default %(default)s)")
+    add("--rounds", type=at_least(1), default=5, help="interleaved rounds (default %(default)s)")
+    add("--busy-ms", type=at_least(0, float), default=100.0, help="Python work a step in the last part (default %(default)s)")
     add("--out", type=Path, default=Path("benchmarks/data"), help="folder of data.json (default %(default)s)")
     return parser.parse_intermixed_args(argv)
 
@@ -239,6 +240,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config([*options.overrides, "device=cpu"])
         if config.data.sources:
             raise ValueError(f"data={config.data.name} is a mixture; name one source")
+        if options.tokens < config.seq_len:
+            raise ValueError(f"--tokens {options.tokens} is less than a row: seq_len={config.seq_len}")
         corpus = build_corpus(config.data, config.tokenizer)
     except ValueError as error:
         print(f"sieve bench data: {error}", file=sys.stderr)

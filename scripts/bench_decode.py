@@ -13,6 +13,8 @@ import re
 import sys
 from pathlib import Path
 
+from sieve.scripts.bench.arguments import at_least
+
 EXAMPLES = """examples:
   sieve bench decode --quick                                         64k, batch 8, one shape, no model
   sieve bench decode --quick --sweep                                 how the launches are cut, and with or without overlap
@@ -35,8 +37,8 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--batches", default="1,8,32", help="sequences (default %(default)s)")
     add("--rivals", default=",".join(RIVALS), help="of these, or none (default %(default)s)")
     add("--models", default="small", help="shipped model configs, separated by commas, or none (default %(default)s)")
-    add("--steps", type=int, default=64, help="of a whole model's decoding (default %(default)s)")
-    add("--rounds", type=int, default=5, help="interleaved rounds (default %(default)s)")
+    add("--steps", type=at_least(1), default=64, help="of a whole model's decoding (default %(default)s)")
+    add("--rounds", type=at_least(1), default=5, help="interleaved rounds (default %(default)s)")
     add("--sweep", action="store_true", help="time how the launches may be cut instead, without rivals and models")
     add("--quick", action="store_true", help="64k, batch 8, the first shape, three rounds, no model")
     add("--cpu", action="store_true", help="run everything on the CPU at toy sizes, to see that it works")

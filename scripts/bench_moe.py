@@ -11,6 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from sieve.scripts.bench.arguments import at_least
+
 EXAMPLES = """examples:
   sieve bench moe                                             the layer of model=moe-1b at 8k and 32k tokens
   sieve bench moe --hidden 1024 --size 256 --experts 64 --top-k 8 --tokens 16384
@@ -28,8 +30,9 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--tokens", default="8192,32768", help="of a micro-batch, separated by commas (default %(default)s)")
-    for name, default in (("hidden", 1024), ("size", 512), ("experts", 56), ("top-k", 6), ("shared", 1), ("rounds", 5)):
+    for name, default in (("hidden", 1024), ("size", 512), ("experts", 56), ("top-k", 6), ("shared", 1)):
         add(f"--{name}", type=int, default=default, help="(default %(default)s)")
+    add("--rounds", type=at_least(1), default=5, help="(default %(default)s)")
     add("--impls", default="torch,mixed,triton", help="implementations, separated by commas (default %(default)s)")
     add("--bandwidth", type=float, default=4.2, help="TB/s of the memory floor (default %(default)s, an H200's)")
     add("--device", choices=["cuda", "cpu"], default="cuda")

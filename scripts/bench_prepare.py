@@ -32,6 +32,7 @@ from sieve.data.config import DataConfig, TokenizerConfig
 from sieve.data.shard_job import BATCH_CHARS, prepare_shards
 from sieve.data.sources import source_of
 from sieve.data.tokenizer import PIECE_CHARS, Tokenizer, cut
+from sieve.scripts.bench.arguments import at_least
 
 TARGET = 0.85  # of the tokenizer's speed per core
 PACKAGES = ("sieve-lm", "sentencepiece", "numpy", "pyarrow", "zstandard", "tokenizers")
@@ -133,21 +134,29 @@ def origin(argv: Sequence[str]) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command: 0 if the median ratio reaches the target on every number of cores, else 1."""
+    """The command: 0 if the median ratio reaches the target on every number of cores, else 1; 2 for a mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="sieve bench prepare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("paths", nargs="+", help="text, as data.paths")
     parser.add_argument("--tokenizer", required=True, help="a SentencePiece model, or a folder of `sieve tokenizer`")
-    parser.add_argument("--cores", type=int, nargs="+", default=[1, 2], help="numbers of cores to measure on")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cores", type=at_least(1), nargs="+", default=[1, 2], help="numbers of cores to measure on")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--out", type=Path, help="folder for prepare.json")
     options = parser.parse_args(arguments)
+    if max(options.cores) > len(os.sched_getaffinity(0)):
+        parser.error(f"--cores {max(options.cores)}: this process may use {len(os.sched_getaffinity(0))}")
+    try:  # here, and not in each of the processes
+        source_of(DataConfig(type="files", paths=options.paths), named="PATHS")
+        Tokenizer.load(options.tokenizer)
+    except ValueError as error:
+        print(f"sieve bench prepare: {error}", file=sys.stderr)
+        return 2
     run = origin(arguments) | {"target": TARGET, "results": []}
     available = run["cores"]
     missed = False
     for number in options.cores:
-        if number > len(available):
-            parser.error(f"--cores {number}: this process may use {len(available)}")
         rounds = [measure(options.paths, options.tokenizer, available[:number]) for _ in range(options.rounds)]
         ratio, cpu_ratio = (statistics.median(r[key] for r in rounds) for key in ("ratio", "cpu_ratio"))
         missed |= ratio < TARGET

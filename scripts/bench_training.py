@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from sieve.scripts.bench.arguments import at_least
+
 EXAMPLES = """examples:
   sieve bench training                                                small and 1b, full and nsa, 8k to 64k
   sieve bench training --models 1b --attention nsa --lengths 262144 --checkpointing none,attention,full
@@ -41,16 +43,16 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     add("--compile", type=_list, default=["auto"], help="of auto, true, false (default auto)")
     add("--checkpointing", type=_list, default=["none", "block"], help="activation_checkpointing (default none,block)")
     add("--micro-tokens", type=_numbers, default=[32768, 16384, 8192], help="of a micro-batch (default 32768,16384,8192)")
-    add("--tokens", type=int, default=65536, help="of a step, at least one row (default %(default)s)")
-    add("--documents", type=int, default=1, help="of a row, cut at random places (default %(default)s)")
-    add("--vocab", type=int, default=32768, help="(default %(default)s)")
+    add("--tokens", type=at_least(1), default=65536, help="of a step, at least one row (default %(default)s)")
+    add("--documents", type=at_least(1), default=1, help="of a row, cut at random places (default %(default)s)")
+    add("--vocab", type=at_least(1), default=32768, help="(default %(default)s)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    add("--warmup", type=int, default=4, help="steps (default %(default)s)")
-    add("--steps", type=int, default=20, help="that are timed (default %(default)s)")
+    add("--warmup", type=at_least(0), default=4, help="steps (default %(default)s)")
+    add("--steps", type=at_least(1), default=20, help="that are timed (default %(default)s)")
     add("--seconds", type=float, default=30.0, help="after which a case times no more steps (default %(default)s)")
     add("--limit", type=float, default=240.0, help="seconds of a case in all, compilation too (default %(default)s)")
     add("--no-profile", action="store_true", help="no breakdown")
-    add("--check-losses", type=int, metavar="N", help="instead: N steps of the fast path beside the plain one")
+    add("--check-losses", type=at_least(1), metavar="N", help="instead: N steps of the fast path beside the plain one")
     add("--out", type=Path, default=Path("benchmarks/training"), help="folder of JSON and markdown (default %(default)s)")
     options = parser.parse_intermixed_args(argv)
     wrong = [text for text in options.settings if "=" not in text]
@@ -59,7 +61,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     for name, allowed in {"attention": {"full", "full:varlen", "nsa", "window"}, "compile": {"auto", "true", "false"}}.items():
         if unknown := set(getattr(options, name)) - allowed:
             parser.error(f"--{name}: {', '.join(sorted(unknown))} is not of {', '.join(sorted(allowed))}")
-    if options.documents < 1 or options.documents > min(options.lengths):
+    if options.documents > min(options.lengths):
         parser.error(f"--documents {options.documents} does not fit into rows of {min(options.lengths)} tokens")
     return options
 
@@ -89,6 +91,14 @@ def _overrides(options: argparse.Namespace, case: dict[str, Any], cuda: bool) ->
     if kind == "full" and cuda and options.documents == 1 and kernel != "varlen":
         found.append("attention.dense_impl=cudnn")
     return [*found, *options.settings]
+
+
+def _check(options: argparse.Namespace, cases: list[dict[str, Any]], cuda: bool) -> None:
+    """ConfigError for settings that no case could be built from: each would find it out in a process of its own."""
+    from sieve.train.overrides import load_config
+
+    for case, keep in itertools.product(cases, options.checkpointing):
+        load_config(_overrides(options, case | {"checkpointing": keep, "micro_tokens": options.micro_tokens[0]}, cuda))
 
 
 def run_case(job: dict[str, Any], limit: float) -> dict[str, Any]:
@@ -155,24 +165,32 @@ def _check_losses(options: argparse.Namespace, case: dict[str, Any], cuda: bool)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the cases; 0 when each was measured, did not fit or took too long, 1 when one failed in another way."""
+    """Runs the cases; 0 when each was measured, did not fit or took too long, 1 when one failed in another way, 2 for a
+    mistake, before any of them."""
     argv = list(sys.argv[1:] if argv is None else argv)
     options = _arguments(argv)
     import torch
 
     from sieve.scripts.bench.report import origin, write_json
     from sieve.scripts.bench.training_report import case_line, loss_lines, markdown, table
+    from sieve.train.mistakes import ConfigError
 
-    cuda = options.device == "cuda" or options.device == "auto" and torch.cuda.is_available()
+    cuda = options.device != "cpu"
     if cuda and not torch.cuda.is_available():
-        print("sieve bench training: --device cuda, and torch sees no GPU", file=sys.stderr)
+        print("sieve bench training: needs an NVIDIA GPU, and torch sees none; or --device cpu", file=sys.stderr)
         return 2
-    run = origin(["training", *argv]) | {"vocab": options.vocab, "documents": options.documents, "rows": []}
     cases = [
         {"model": model, "attention": attention, "length": length, "compile": compiled}
         for model in options.models for length in options.lengths for compiled in options.compile
         for attention in options.attention
     ]
+    try:
+        _check(options, cases, cuda)
+    except ConfigError as error:
+        for line in str(error).splitlines():
+            print(f"sieve bench training: {line}", file=sys.stderr)
+        return 2
+    run = origin(["training", *argv]) | {"vocab": options.vocab, "documents": options.documents, "rows": []}
     name = "losses" if options.check_losses else "training"
     for number, case in enumerate(cases, 1):
         if options.check_losses:

@@ -2,7 +2,7 @@
 
 import sys
 
-from sieve.train.run import main
+from sieve.train.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(["train", *sys.argv[1:]]))

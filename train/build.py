@@ -184,7 +184,7 @@ def evaluation(config: RunConfig, place: Place, corpus: Corpus, engine: Engine, 
         rows = config.eval.rows and max(1, config.eval.rows * config.phases[0].seq_len // phase.seq_len)
         return validation_batches(
             corpus.validation[name], phase.seq_len, phase.micro_batch, rows, rank=place.rank,
-            world_size=place.world_size, source=name if len(corpus.validation) > 1 else "",
+            world_size=place.world_size, source=name if len(corpus.validation) > 1 else "", seq_len_key=phase.seq_len_key,
         )
 
     for phase in config.phases if config.eval.every else ():

@@ -8,6 +8,8 @@ import importlib.util
 import sys
 from collections.abc import Sequence
 
+from sieve.data.disk import is_refusal, told
+
 COMMANDS = {
     "train": ("sieve.train.run", "pretrain a model"),
     "twin": ("sieve.train.twin", "train with full attention, then with NSA, and compare"),
@@ -25,7 +27,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `sieve COMMAND ...` with the arguments after the program's name; returns the exit code, 2 for a mistake.
 
-    A command is a module with a `main(arguments) -> int`; it is imported when it is called for and not before.
+    A command is a module with a `main(arguments) -> int`; it is imported when it is called for and not before. A full disk or
+    a file that may not be used ends any of them here, in one line.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     known = {name: entry for name, entry in COMMANDS.items() if _exists(entry[0])}
@@ -40,7 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = f"overrides follow a command: sieve train {' '.join(arguments)}"
         print(f"sieve: {command} is no command; {hint}", file=sys.stderr)
         return 2
-    return importlib.import_module(known[command][0]).main(rest)
+    try:
+        return importlib.import_module(known[command][0]).main(rest)
+    except OSError as error:
+        if not is_refusal(error):
+            raise
+        print(f"sieve {command}: {told(error)}", file=sys.stderr)
+        return 2
 
 
 def _exists(module: str) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from sieve.data.disk import writing
 from sieve.train.command import check_folder
 from sieve.train.comparison import Comparison, compare
 from sieve.train.report import table, write_html
@@ -26,14 +27,16 @@ def write_comparison(run: RunFiles, baseline: RunFiles, folders: Sequence[Path])
     comparison = compare(run, baseline)
     first = folders[0]
     first.mkdir(parents=True, exist_ok=True)
-    plot_comparison(run, baseline, comparison, first / _PNG)
-    write_html(run, baseline, comparison, first / _PNG, first / _HTML)
-    names = {"run": str(run.directory), "baseline": str(baseline.directory)}
-    (first / _JSON).write_text(json.dumps(names | comparison.as_json(), indent=2) + "\n")
+    with writing(first):
+        plot_comparison(run, baseline, comparison, first / _PNG)
+        write_html(run, baseline, comparison, first / _PNG, first / _HTML)
+        names = {"run": str(run.directory), "baseline": str(baseline.directory)}
+        (first / _JSON).write_text(json.dumps(names | comparison.as_json(), indent=2) + "\n")
     for folder in folders[1:]:
         folder.mkdir(parents=True, exist_ok=True)
-        for name in (_PNG, _HTML, _JSON):
-            (folder / name).write_bytes((first / name).read_bytes())
+        with writing(folder):
+            for name in (_PNG, _HTML, _JSON):
+                (folder / name).write_bytes((first / name).read_bytes())
     return comparison
 
 

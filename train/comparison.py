@@ -9,11 +9,13 @@ from numpy import ndarray
 
 from sieve.train.baseline import steady
 from sieve.train.rundir import RunFiles, differences
+from sieve.train.schema import shown
 
 # Settings that may differ between twins without a word: what is compared, and what does not touch the weights.
 _INCIDENTAL = ("attention.", "name", "runs_dir", "baseline", "resume", "logger.", "log.", "checkpoint.", "eval.")
 
 
+LISTED = 10  # settings that differ: of runs with more, none is the reason by itself
 FEW = 20  # logged losses; of a curve like 2 + 6 / n^0.3 the smoothed end is off by 0.002 with as many, and by 0.02 with ten
 
 
@@ -214,7 +216,9 @@ def _notes(
                 notes.append(f"{each.name} is not finished: {done:,} of {wanted:,} {unit}.")
     others = {k: v for k, v in differences(run.config, baseline.config).items() if not k.startswith(_INCIDENTAL)}
     if run.config and baseline.config and others:
-        listed = ", ".join(f"{key} ({a} against {b})" for key, (a, b) in others.items())
+        listed = ", ".join(f"{key} ({shown(a)} against {shown(b)})" for key, (a, b) in list(others.items())[:LISTED])
+        if len(others) > LISTED:
+            listed += f" and {len(others) - LISTED} more; config.yaml has them"
         notes.append(f"Other settings than the attention differ: {listed}.")
     for key in ("gpu", "device", "world_size", "cpu_count"):
         pair = [r.environment.get(key) for r in (run, baseline)]

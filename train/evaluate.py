@@ -84,6 +84,7 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
     """Run the suite and write its results."""
     from rich.console import Console
 
+    from sieve.data.disk import writing
     from sieve.eval.documents import Documents, read_documents, stored_documents
     from sieve.eval.load import place_and_precision
     from sieve.eval.report import print_result, write_report
@@ -114,7 +115,9 @@ def evaluate(checkpoint: str, config: SuiteConfig) -> int:
         measured = write_results([result], folder, about)  # a suite that is cut short keeps the tasks it has measured
 
     run_suite(model, config, documents, _bar, report)
-    for path in (folder / FILE, *write_report(measured, folder, model.name)):
+    with writing(folder):
+        files = write_report(measured, folder, model.name)
+    for path in (folder / FILE, *files):
         terminal.print(str(path), markup=False, soft_wrap=True)
     return 0
 

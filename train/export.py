@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sieve.data import tokenizer_export
+from sieve.data.disk import writing
 from sieve.data.tokenizer import Encoder
 from sieve.train import checkpoint
 from sieve.train.checkpoint import Saved
@@ -45,24 +46,34 @@ def export(
     partial = out.with_name(f".{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
+    try:
+        with writing(partial):
+            total = _write(partial, weights, shards, tokenizer)
+        if out.exists():
+            out.rmdir()
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)  # what a full disk has cut short is as large as the disk
+    return total
+
+
+def _write(folder: Path, weights: SavedWeights, shards: list[list[str]], tokenizer: Encoder | None) -> int:
+    """All files, into `folder`; the bytes of the weights."""
     index: dict[str, str] = {}
     total = 0
     for number, names in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         layout = {tensor: weights.layout(tensor) for tensor in names}
-        size, _ = write_tensors(partial / name, layout, weights.__getitem__, {"format": "pt"})
+        size, _ = write_tensors(folder / name, layout, weights.__getitem__, {"format": "pt"})
         index |= dict.fromkeys(names, name)
         total += sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
         print(f"{name}: {len(names)} tensors, {byte_size(size)} ({number} of {len(shards)})", file=sys.stderr, flush=True)
     if len(shards) > 1:
-        write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
-    write_json(partial / "config.json", config_of(weights, tokenizer))
+        write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": index})
+    write_json(folder / "config.json", config_of(weights, tokenizer))
     if tokenizer is not None:
-        tokenizer_export.save(tokenizer, partial)
-    sync_folder(partial)
-    if out.exists():
-        out.rmdir()
-    partial.rename(out)
+        tokenizer_export.save(tokenizer, folder)
+    sync_folder(folder)
     return total
 
 
@@ -132,7 +143,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         dtype = None if options.dtype is None else _DTYPES[options.dtype]
         tokenizer = None if options.no_tokenizer else _tokenizer(saved)
         total = export(saved, options.out, dtype, options.shard_size, tokenizer)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         print(f"sieve export: {error}", file=sys.stderr)
         return 2
     print(f"{options.out}: {byte_size(total)} of weights, of step {saved.step}")

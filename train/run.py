@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sieve.data.disk import writing
 from sieve.train.command import describe_keys, is_for_the_user, log_to_stderr, run_command
 
 if TYPE_CHECKING:
@@ -72,9 +73,12 @@ def run(config: RunConfig) -> int:
                 if start is not None:
                     checkpoint.check_fits(start, config, config.resume_mismatch)
                     if _is_complete(start, config):
+                        asked = f"of {config.total_steps}"
+                        if start.step > config.total_steps:
+                            asked = f"is made, and {config.total_steps} are asked for"
                         log.info(
-                            "%s is complete: step %d of %d; more with steps=, another run with name=, anew with "
-                            "resume=never", config.directory, start.step, config.total_steps,
+                            "%s is complete: step %d %s; more with steps=, another run with name=, anew with resume=never",
+                            config.directory, start.step, asked,
                         )
                         return 0
             return _train(config, place, start, stop)
@@ -91,7 +95,7 @@ def _train(config: RunConfig, place: Place, start: Saved | None, stop: StopSigna
 
     if place.device.type == "cuda" and config.dtype == "fp32":
         log.info("dtype=fp32 computes without TF32; dtype=bf16 is several times faster and keeps fp32 master weights")
-    with stop.at_once():
+    with stop.at_once(), writing(config.directory):
         training = build(config, place, start, stop)
     steps = training.run.total_steps
     if start is not None:

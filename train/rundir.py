@@ -37,10 +37,10 @@ def read_metrics(path: Path) -> list[Row]:
 
 def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     """{'data': {'type': 'files', 'phases': [{'from_tokens': 0}]}} -> {'data.type': 'files',
-    'data.phases[0].from_tokens': 0}; lists of anything but mappings stay whole."""
+    'data.phases[0].from_tokens': 0}; lists of anything but mappings stay whole, and mappings by number, as data.upsample."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
+        if isinstance(value, Mapping) and not all(str(k).isdigit() for k in value):  # JSON has numbers as text there
             flat.update(flatten(value, f"{prefix}{key}."))
         elif isinstance(value, Sequence) and value and all(isinstance(item, Mapping) for item in value):
             for i, item in enumerate(value):

@@ -61,7 +61,8 @@ class Plan:
             choice = f"experiment={preset}, since {'there is a CUDA GPU' if on_gpu else 'no CUDA GPU is to be used'}"
             common.insert(0, f"experiment={preset}")
         return cls(
-            on_gpu=on_gpu, choice=choice, full_dir=full_dir, sparse_dir=sparse_dir, report_dir=runs_dir / name,
+            on_gpu=on_gpu, choice=choice, full_dir=full_dir, sparse_dir=sparse_dir,
+            report_dir=runs_dir / name / ("" if variant == "nsa" else variant),  # two variants have one full_dir
             full=(*common, *shared, "attention=full", f"name={full_dir.name}"),
             sparse=(*common, *attention, f"attention={variant}", f"name={sparse_dir.name}", f"baseline={full_dir}"),
         )
@@ -140,7 +141,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="sieve twin", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="overrides as of `sieve train`")
-    parser.add_argument("--variant", choices=("nsa", "window"), default="nsa", help="what to compare with full")
+    parser.add_argument(
+        "--variant", choices=("nsa", "window"), default="nsa", help="what to compare with full: in NAME, or in NAME/window"
+    )
     parser.add_argument("--cfg", choices=("job",), help="print both runs' configs instead of training")
     options = parser.parse_intermixed_args(argv)
     import torch  # takes seconds, which --help need not wait for

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from sieve.data.disk import writing
 from sieve.scripts.bench.timing import Ceilings, Timing
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "fla-core", "nvidia-cudnn-cu13", "liger-kernel", "deepspeed")
@@ -49,7 +50,8 @@ def origin(argv: list[str], program: str = "sieve bench") -> dict[str, object]:
 
 def write_json(path: Path, run: dict[str, object]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run, indent=1) + "\n")
+    with writing(path):
+        path.write_text(json.dumps(run, indent=1) + "\n")
 
 
 def _both(forward: dict[str, Timing], backward: dict[str, Timing], name: str, rival: str | None) -> str:

@@ -24,6 +24,7 @@ def test_a_phase_changes_what_it_names_and_keeps_the_rest():
     first, second, third = phases_of(data, **SIZES)
     assert first == Phase(0, 100, 4, 2, "concatenate", {"a": 3.0, "b": 1.0}, {"a": {10: 2.0}, "b": {}})
     assert second == Phase(1000, 400, 1, 1, "concatenate", first.weights, first.upsample, 4.0)
+    assert [p.seq_len_key for p in (first, second, third)] == ["seq_len", *["data.phases[0].seq_len"] * 2]
     assert third == Phase(3000, 400, 1, 1, "document", {"a": 0.0, "b": 1.0}, {"a": {7: 3.0}, "b": {7: 3.0}}, 4.0)
 
 

@@ -125,6 +125,13 @@ def test_too_little_text_says_so(settings, tmp_path):
         build_stores(DataConfig(**{**settings, "min_bytes": 1_000_000}), SMALL)
 
 
+def test_a_sample_without_training_text_says_so(settings, tmp_path, texts):
+    file = tmp_path / "a.jsonl"  # its first document validates
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    with pytest.raises(ValueError, match=r"^tokenizer.sample_bytes=10: so little of .*a.jsonl has no training text; raise it"):
+        build_stores(DataConfig(**{**settings, "paths": str(file)}), SMALL.model_copy(update={"sample_bytes": 10}))
+
+
 def test_no_validation_text_says_so(settings, tmp_path, texts, tokenizer):
     (tmp_path / "one.txt").write_text("x")
     (tmp_path / "t.model").write_bytes(tokenizer.model)

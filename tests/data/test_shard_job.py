@@ -110,13 +110,16 @@ def test_a_finished_folder_is_left_alone(data, model, tmp_path, undisturbed):
 
 
 @pytest.mark.parametrize("change, said", [
-    (dict(shard_tokens=5), "shard_tokens 20000 instead of 5"), (dict(fraction=0.5), "split "), (dict(text=True), "source "),
+    (dict(shard_tokens=5), "shard_tokens 20000 instead of 5"), (dict(fraction=0.5), "split "),
+    (dict(text=True), r"source \(bytes [0-9]+ instead of [0-9]+\);"),
+    (dict(data={"min_bytes": 9, "max_bytes": 10**8}), "source .data.max_bytes None instead of 100000000, data.min_b.* 9.;"),
 ])
 @pytest.mark.parametrize("finished", [True, False])
 def test_other_settings_are_refused(data, model, tmp_path, corpus, change, said, finished):
     prepared(data, model, tmp_path / "out", stop=lambda: not finished)
     if "fraction" in change:
         data = data.model_copy(update={"validation_fraction": 0.5})
+    data = data.model_copy(update=change.get("data", {}))
     if "text" in change:
         (corpus / "b.jsonl").write_text('{"text": "other"}\n' * 9)
     with pytest.raises(ValueError, match=f"out was made with other settings: {said}.*give another out="):
@@ -158,10 +161,14 @@ def test_a_full_disk_is_told_and_got_over(data, model, tmp_path, undisturbed, mo
         real(self, which, content)
 
     monkeypatch.setattr(shard_job.ShardWriter, "_write", write)
-    with pytest.raises(ValueError, match="out cannot be written .No space left on device.; what is saved stays: make room"):
+    with pytest.raises(ValueError, match="out: No space left on device; .* are free in .*; what is saved stays: make room"):
         prepared(data, model, tmp_path / "out", save_every=0.0)
     monkeypatch.setattr(shard_job.ShardWriter, "_write", real)
     assert json.loads((tmp_path / "out" / "journal.json").read_text())["parts"]["train"]["open"]["documents"] > 0
+    (tmp_path / "out" / ".journal.json.tmp").symlink_to("/dev/full")
+    with pytest.raises(ValueError, match="out/journal.json: No space left on device; .*the same command goes on"):
+        prepared(data, model, tmp_path / "out")
+    (tmp_path / "out" / ".journal.json.tmp").unlink()
     prepared(data, model, tmp_path / "out")
     assert contents(tmp_path / "out") == undisturbed
 

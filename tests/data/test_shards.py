@@ -211,6 +211,18 @@ def test_what_is_no_folder_of_shards(prepared, tmp_path):
         opened(settings, paths=["a", "b"])
 
 
+def test_a_tokenizer_that_is_not_the_shards_is_told(prepared, caplog):
+    folder, settings = prepared
+    for config in (TokenizerConfig(), TokenizerConfig(vocab_size=400, split_digits=False)):
+        opened(settings, config)
+        assert not caplog.messages
+    encoder = opened(settings, TokenizerConfig(vocab_size=32768, type="unigram"))[0]
+    assert encoder.vocab_size == 400 and caplog.messages == [
+        f"no effect has tokenizer.type=unigram, tokenizer.vocab_size=32768: the shards in {folder} bring the tokenizer they "
+        "were made with, of 400 pieces"
+    ]
+
+
 def test_a_copied_folder_is_the_same(prepared, tmp_path):
     folder, settings = prepared
     shutil.copytree(folder, tmp_path / "copy")

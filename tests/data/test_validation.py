@@ -34,5 +34,7 @@ def test_validation_sums_do_not_depend_on_the_division(make_store, uneven, world
 def test_validation_too_small_says_so_at_once(make_store, uneven):
     with pytest.raises(ValueError, match="validation text has .* less than one row; raise data.validation_fraction"):
         validation_batches(make_store(uneven), 10_000, 1)
+    with pytest.raises(ValueError, match=r"^data.phases\[0\].seq_len=10000, but .* or lower data.phases\[0\].seq_len$"):
+        validation_batches(make_store(uneven), 10_000, 1, seq_len_key="data.phases[0].seq_len")
     with pytest.raises(ValueError, match="max_rows=0"):
         validation_batches(make_store(uneven), 16, 1, 0)

@@ -57,6 +57,18 @@ def test_a_mistake_and_an_unknown_benchmark(capsys):
     assert command.main(["--help"]) == 0 and "streaming text" in capsys.readouterr().out
 
 
+def test_numbers_that_measure_nothing_are_refused(capsys):
+    for arguments, said in (
+        (["--rounds", "0"], "--rounds: 0 is no whole number of at least 1"), (["--tokens", "-5"], "--tokens: -5 is no whole"),
+        (["--rounds", "2.5"], "--rounds: 2.5 is no whole number"), (["--busy-ms", "nan"], "--busy-ms: nan is no number"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            bench_data.main(arguments)
+        assert end.value.code == 2 and said in capsys.readouterr().err
+    assert bench_data.main(["--tokens", "63", "seq_len=64"]) == 2
+    assert "--tokens 63 is less than a row: seq_len=64" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_rival_reads_all_of_the_text(tmp_path, tokenizer_of_words):
     pytest.importorskip("torchdata", reason="the rival needs the extra bench")

@@ -35,3 +35,13 @@ def test_a_round_leaves_its_figures(text, tmp_path, capsys):
 def test_too_many_cores(text):
     with pytest.raises(SystemExit):
         bench_prepare.main([*text, "--cores", "100000"])
+
+
+def test_what_is_not_there_is_told_before_any_process(text, capsys, monkeypatch):
+    monkeypatch.setattr(bench_prepare, "measure", None)
+    assert bench_prepare.main(["/nope", *text[1:]]) == 2
+    assert capsys.readouterr().err.startswith("sieve bench prepare: PATHS: '/nope' ")
+    assert bench_prepare.main([text[0], "--tokenizer", "/nope"]) == 2
+    assert "tokenizer.path=/nope cannot be read: /nope: No such file" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench_prepare.main([*text, "--rounds", "0"])

@@ -21,6 +21,24 @@ def test_mistakes_end_at_once(capsys):
         assert end.value.code == 2 and message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("arguments, said", [
+    (["--models", "tiny,nope"], "model=nope: no such choice; "), (["foo=3"], "foo=3: unknown key; "),
+    (["--checkpointing", "some"], "activation_checkpointing=some: must be "),
+])
+def test_settings_of_no_case_are_told_before_the_first(arguments, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(bench_training, "run_case", None)
+    small = ["--models", "tiny", "--lengths", "128", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert bench(["training", *small, *arguments]) == 2
+    assert capsys.readouterr().err.startswith(f"sieve bench training: {said}") and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_no_gpu_is_said(device, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert bench(["training", "--device", device]) == 2
+    assert "needs an NVIDIA GPU, and torch sees none; or --device cpu" in capsys.readouterr().err
+
+
 def test_a_case_as_settings():
     options = bench_training._arguments(["--tokens", "65536", "zero=2"])
     case = {"model": "1b", "attention": "full", "length": 16384, "compile": "auto", "checkpointing": "block",

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import subprocess
 import sys
@@ -39,6 +40,32 @@ def test_arguments_and_exit_code_pass_through(monkeypatch):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: module if name == "json" else None)
     assert cli.main(["fake", "a", "--help"]) == 7
     assert seen == [["a", "--help"]]
+
+
+def test_a_disk_that_refuses_ends_a_command_in_one_line(monkeypatch, capsys):
+    def ends_with(error):
+        def fail(arguments):
+            raise error
+
+        monkeypatch.setattr(cli.importlib, "import_module", lambda name: types.SimpleNamespace(main=fail))
+        return cli.main(["compare", "a", "b"])
+
+    assert ends_with(PermissionError(errno.EACCES, "Permission denied", "/x/y.png")) == 2
+    assert ends_with(OSError(errno.ENOSPC, "No space left on device")) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "sieve compare: /x/y.png: Permission denied", "sieve compare: No space left on device",
+    ]
+    for bug in (OSError("what?"), BrokenPipeError(errno.EPIPE, "Broken pipe"), KeyError("key")):
+        with pytest.raises(type(bug)):
+            ends_with(bug)
+
+
+def test_a_run_folder_without_room_is_named(tiny_text, tmp_path, capsys, one_rank):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".config.yaml.tmp").symlink_to("/dev/full")
+    assert cli.main(["train", *tiny_text, f"runs_dir={tmp_path}", "name=run", "steps=1", "attention=full"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"sieve train: {tmp_path}/run: No space left on device; ")
 
 
 def test_starting_the_command_imports_nothing_slow():

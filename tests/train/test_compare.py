@@ -5,6 +5,7 @@ import struct
 
 import pytest
 
+from sieve.train import cli
 from sieve.train.compare import main
 
 
@@ -31,6 +32,13 @@ def test_different_tokens_stand_in_every_output(make_run, capsys, tmp_path) -> N
     assert "DIFFERENT tokens" in capsys.readouterr().out
     assert "DIFFERENT tokens" in (tmp_path / "out" / "comparison.html").read_text()
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["same_tokens"] is False
+
+
+def test_a_full_disk_is_named(make_run, capsys, tmp_path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "comparison.png").symlink_to("/dev/full")
+    assert cli.main(["compare", str(make_run("a")), str(make_run("b")), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"sieve compare: {tmp_path}/out: No space left on device; ")
 
 
 def test_a_run_of_one_step_without_times_is_still_plotted(make_run, tmp_path) -> None:

@@ -109,6 +109,18 @@ def test_an_unfinished_run_and_other_hardware_are_told(make_run) -> None:
     assert any("hardware differs (gpu: None against NVIDIA H200)" in note for note in notes)
 
 
+def test_many_other_settings_are_folded(make_run) -> None:
+    def note(count: int) -> str:
+        own, run = ({"optim": {f"k{i:02}": i for i in range(n)}} for n in (0, count))
+        made = [read(make_run(f"{name}{count}", config=config)) for name, config in (("a", run), ("b", own))]
+        (found,) = (note for note in compare(*made).notes if note.startswith("Other settings"))
+        return found
+
+    listed = ["optim (null against {})", *(f"optim.k{i:02} ({i} against null)" for i in range(9))]
+    assert note(9).endswith(f": {', '.join(listed)}.")
+    assert note(41).endswith("optim.k08 (8 against null) and 32 more; config.yaml has them.")
+
+
 def test_no_common_token_counts(make_run) -> None:
     result = compare(read(make_run("a", tokens=999)), read(make_run("b")))
     assert result.same_tokens is None and result.matched_steps == 0 and result.gap_std is None

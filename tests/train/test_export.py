@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from sieve.model.decoder import Decoder
-from sieve.train import checkpoint
+from sieve.train import checkpoint, cli
 from sieve.train.checkpoint import Saved
 from sieve.train.export import main
 from sieve.train.overrides import load_config
@@ -71,6 +73,18 @@ def test_a_run_a_checkpoint_and_what_is_neither(trained, tmp_path, capsys):
     (step / "rank-00000.pt").write_bytes(b"")
     assert main([str(trained), str(tmp_path / "b")]) == 2
     assert "passing over" in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_a_full_disk_is_named_and_left_as_it_was(trained, tmp_path, capsys, monkeypatch):
+    def full(path, *args):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sieve.train.export.write_tensors", full)
+    assert cli.main(["export", str(trained), str(tmp_path / "new" / "out")]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"sieve export: {tmp_path}/new/.out.partial: No space left on device; ")
+    assert not any((tmp_path / "new").iterdir())
 
 
 def test_the_tokenizer_stands_beside_the_weights(trained, tmp_path, capsys, monkeypatch):

@@ -141,6 +141,8 @@ def test_a_finished_run_says_so_and_can_be_made_longer(tiny_text, one_rank, tmp_
     before = rows(tmp_path / "run")
     assert main([*command, "steps=3"]) == 0
     assert "is complete: step 3 of 3" in capsys.readouterr().err
+    assert main([*command, "steps=2"]) == 0
+    assert "is complete: step 3 is made, and 2 are asked for; more with steps=" in capsys.readouterr().err
     assert main([*command, "steps=5"]) == 0
     assert "learning rate" not in capsys.readouterr().err
     after = rows(tmp_path / "run")

@@ -38,6 +38,12 @@ def test_differences_of_flat_configs() -> None:
     assert differences(ours, theirs) == {"a.b": (1, 2)}
 
 
+def test_a_mapping_by_number_is_one_value() -> None:
+    ours, theirs = flatten({"data": {"upsample": {}}}), flatten({"data": {"upsample": {100: 2.0}}})
+    assert differences(ours, theirs) == {"data.upsample": ({}, {100: 2.0})}
+    assert not differences(theirs, flatten(json.loads(json.dumps({"data": {"upsample": {100: 2.0}}}))))
+
+
 def test_a_run_is_found_by_path_and_by_name(make_run, tmp_path: Path) -> None:
     directory = make_run("twin-full")
     assert find_run(directory, tmp_path) == directory

@@ -65,6 +65,12 @@ def test_overrides_go_to_the_runs_they_are_for() -> None:
     assert Plan.of([], variant="window", cuda=False).sparse[-3:-1] == ("attention=window", "name=twin-window")
 
 
+def test_each_pair_has_a_comparison_of_its_own() -> None:
+    nsa, window = (Plan.of(["name=try"], variant=variant, cuda=False) for variant in ("nsa", "window"))
+    assert nsa.full_dir == window.full_dir
+    assert (nsa.report_dir, window.report_dir) == (Path("runs/try"), Path("runs/try/window"))
+
+
 @pytest.mark.parametrize("override", ["attention=full", "baseline=runs/x"])
 def test_what_the_twin_decides_cannot_be_overridden(override: str) -> None:
     with pytest.raises(ValueError, match=override):

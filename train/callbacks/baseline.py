@@ -21,7 +21,7 @@ def resolve_baseline(value: str, runs_dir: str | Path, own: str | Path) -> Path:
     try:
         directory = find_run(value, Path(runs_dir))
     except ValueError as error:
-        raise ValueError(f"baseline={value}: {error}. Give the directory of a run, or its name") from error
+        raise ValueError(f"baseline={value}: {error}") from error
     if directory.resolve() == Path(own).resolve():
         raise ValueError(f"baseline={value} is this run's own directory; give another name= or another baseline=")
     return directory

@@ -7,6 +7,7 @@ import logging
 import os
 from typing import TYPE_CHECKING
 
+from sieve.data.disk import writing
 from sieve.train.callbacks.callback import Callback
 from sieve.train.rundir import METRICS_FILE, read_metrics
 
@@ -105,9 +106,10 @@ def _keep(path: Path, last_step: int) -> list[dict]:
     """Leave only the rows of steps <= last_step in `path`, which is created if it is not there; returns them."""
     rows = [row for row in read_metrics(path) if row["step"] <= last_step] if path.is_file() and last_step else []
     partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.writelines(_encode(row) for row in rows)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    with writing(path):
+        with partial.open("wb") as file:
+            file.writelines(_encode(row) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
     return rows

@@ -43,7 +43,7 @@ def test_resolving_names_the_key_and_the_fix(make_run) -> None:
     runs = directory.parent
     assert resolve_baseline("full", runs, runs / "nsa") == directory
     assert resolve_baseline(str(directory), "elsewhere", runs / "nsa") == directory
-    with pytest.raises(ValueError, match="baseline=ful: .*did you mean .*full"):
+    with pytest.raises(ValueError, match=r"baseline=ful: .*did you mean .*full\?$"):
         resolve_baseline("ful", runs, runs / "nsa")
     with pytest.raises(ValueError, match="own directory"):
         resolve_baseline("full", runs, directory)

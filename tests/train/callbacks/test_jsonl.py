@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from sieve.train.callbacks.jsonl import Jsonl
 from sieve.train.rundir import read_metrics
 
@@ -39,6 +41,19 @@ def test_an_evaluation_joins_the_line_of_its_step(make_state) -> None:
         {"step": 1, "train/loss": 1.0}, {"step": 2, "train/loss": 0.5, "eval/loss": 3.0},
         {"step": 3, "train/loss": 1 / 3}, {"step": 5, "eval/loss": 2.0},
     ]
+
+
+def test_a_resumed_run_without_room_says_for_what(make_state) -> None:
+    callback, state = Jsonl(), make_state()
+    callback.start(state)
+    steps(callback, state, 1, 2)
+    callback.end(state, "finished")
+    state.resumed_from = 2
+    (state.directory / "metrics.jsonl.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        Jsonl().start(state)
+    assert caught.value.filename == str(state.directory / "metrics.jsonl")
+    assert len(lines(state)) == 2
 
 
 def test_a_merged_line_that_gets_shorter_leaves_no_rest(make_state) -> None:
