@@ -23,7 +23,7 @@ class DecodeTiles:
 
     programs, select_programs: about how many of those launches' run at once. share: blocks that one program weighs, a
     power of two up to MOST_SHARE; None: see `share_of`. overlap: launches begin before those ahead of them end; None: see
-    `sieve.kernels.common.launch.overlaps`. margin: see `sieve.kernels.nsa.decode_ties.near`; some tens of times what
+    `sieve.kernels.common.launch.overlaps`. margin: see `sieve.kernels.nsa.decode_ties.near`; some eighty times what
     rounding moved in a million choices; inf: every choice is made anew.
     """
 
