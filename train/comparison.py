@@ -43,52 +43,66 @@ class Curve:
         flops = tokens * sum(parts.values()) if parts else None
         return cls(tokens, np.array([row["train/loss"] for row in rows], dtype=float), seconds, flops)
 
-    def smoothed(self, at: ndarray, spent: ndarray, end: float | None = None) -> ndarray:
-        """The loss where `spent` (tokens, seconds or flops of this curve) is `at`. Smoothed over tokens in any case, so
-        that one point of a run has one loss, whatever it is looked up by.
+    def until(self, end: float, spent: ndarray) -> Curve:
+        """Without what comes after `end` (of `spent`: tokens, seconds or flops of this curve), the first point excepted.
 
-        end: of `spent`; what comes later is left out, the first point excepted. A gap is between curves that end alike: a fit
-        at the end, with points on one side of it alone, is another than that of the same curve where it goes on.
+        A gap is between curves that end alike: a fit at the end, with points on one side of it alone, is another than that of
+        the same curve where it goes on.
         """
-        count = len(spent) if end is None else max(1, int(np.searchsorted(spent, end * (1 + 1e-9), side="right")))
-        return smooth(self.tokens[:count], self.loss[:count], np.interp(at, spent, self.tokens))
+        count = max(1, int(np.searchsorted(spent, end * (1 + 1e-9), side="right")))
+        return Curve(*(None if x is None else x[:count] for x in (self.tokens, self.loss, self.seconds, self.flops)))
+
+    def smoothed(self, at: ndarray, spent: ndarray, end: float | None = None) -> ndarray:
+        """The loss where `spent` (tokens, seconds or flops of this curve) is `at`, of the points until `end`. Smoothed over
+        tokens in any case, so that one point of a run has one loss, whatever it is looked up by."""
+        part = self if end is None else self.until(end, spent)
+        return fit(part.tokens, part.loss, np.interp(at, spent, self.tokens))[0]
 
 
-def smooth(x: ndarray, y: ndarray, at: ndarray) -> ndarray:
-    """y at `at`, x and at above 0: a straight line in log x fitted to the points within a fifth of `at` around it (the nine
-    nearest at least).
+def fit(x: ndarray, y: ndarray, at: ndarray) -> tuple[ndarray, ndarray]:
+    """y at `at`, x and at above 0, and its standard error: a straight line in log x fitted to the points within a fifth of `at`
+    around it (the nine nearest at least).
 
     Local regression (Cleveland 1979, tricube weights): unlike a running mean it does not lag behind a falling loss, at
     the end neither; and it is linear in y, so that the difference of two fits over the same x is the fit of the
     differences. In log x because a loss falls with the logarithm of what was spent: nine points may be half of a run.
+    The error is that of the points' scatter around the line, NaN where two or fewer points leave none.
     """
     finite = np.isfinite(y)
     x, y = np.log(x[finite]), y[finite]
-    if len(x) == 0:
-        return np.full(len(at), np.nan)
-    result = np.empty(len(at))
-    for index, point in enumerate(np.log(at)):
+    found, errors = np.full((2, len(at)), np.nan)
+    for index, point in enumerate(np.log(at)) if len(x) else ():
         distance = np.abs(x - point)
         near = min(len(x), max(9, int(np.count_nonzero(distance <= 0.2))))
         chosen = np.argpartition(distance, near - 1)[:near]
         reach = distance[chosen].max() * 1.0001 or 1.0  # the farthest keeps a little weight, so that two points suffice
         weight = (1 - (distance[chosen] / reach) ** 3) ** 3
+        weight /= weight.sum()
         dx, values = x[chosen] - point, y[chosen]
-        mean_x, mean_y = np.average(dx, weights=weight), np.average(values, weights=weight)
-        variance = np.average((dx - mean_x) ** 2, weights=weight)
-        slope = np.average((dx - mean_x) * (values - mean_y), weights=weight) / variance if variance > 0 else 0.0
-        result[index] = mean_y - slope * mean_x
-    return result
+        mean_x, mean_y = weight @ dx, weight @ values
+        variance = weight @ (dx - mean_x) ** 2
+        slope = weight @ ((dx - mean_x) * (values - mean_y)) / variance if variance > 0 else 0.0
+        found[index] = mean_y - slope * mean_x
+        if near > 2 and variance > 0:
+            scatter = weight @ (values - mean_y - slope * (dx - mean_x)) ** 2 * near / (near - 2)
+            share = weight * (1 - mean_x * (dx - mean_x) / variance)  # of each point in what was found
+            errors[index] = np.sqrt(scatter * (share @ share))
+    return found, errors
 
 
 @dataclass(frozen=True)
 class At:
-    """Smoothed training losses where both have spent `amount` (tokens, FLOPs or seconds); gap is run - baseline."""
+    """Smoothed training losses where both have spent `amount` (tokens, FLOPs or seconds); gap is run - baseline.
+
+    gap_error: its standard error by the scatter of the logged losses, which of the same steps have the same batches and so
+    much of it in common; None where too few were logged.
+    """
 
     amount: float
     run: float
     baseline: float
     gap: float
+    gap_error: float | None
 
 
 @dataclass(frozen=True)
@@ -175,8 +189,14 @@ def _at(ours: Curve, theirs: Curve, unit: str) -> At | None:
     if x is None or other is None:
         return None
     amount = min(x[-1], other[-1])
-    run, baseline = (float(c.smoothed(np.array([amount]), spent, amount)[0]) for spent, c in ((x, ours), (other, theirs)))
-    return At(float(amount), run, baseline, run - baseline)
+    parts = [curve.until(amount, spent) for curve, spent in ((ours, x), (theirs, other))]
+    places = [np.interp([amount], spent, curve.tokens) for curve, spent in ((ours, x), (theirs, other))]
+    (run, baseline), errors = zip(*(fit(part.tokens, part.loss, place) for part, place in zip(parts, places)))
+    error = float(np.hypot(*errors)[0])
+    if np.array_equal(parts[0].tokens, parts[1].tokens) and places[0] == places[1]:
+        error = float(fit(parts[0].tokens, parts[0].loss - parts[1].loss, places[0])[1][0])
+    gap = float(run[0] - baseline[0])
+    return At(float(amount), float(run[0]), float(baseline[0]), gap, error if np.isfinite(error) else None)
 
 
 def _most(run: RunFiles, key: str) -> float | None:

@@ -46,7 +46,8 @@ $environment
 METHOD = (
     "Losses are nats per token, smoothed by local fits, straight in log(tokens), over a fifth of the tokens on either side "
     "(nine logged steps at least), so that they do not lag behind a falling curve; validation losses are as measured. A gap "
-    "is taken where the shorter run ends, of what both had logged until there. "
+    "is taken where the shorter run ends, of what both had logged until there; after ± stands its standard error, by the "
+    "scatter of the logged losses, which is small at equal tokens, where both have the same batches. "
     "The gap is the run minus the baseline: below zero the run is ahead; its spread is the standard deviation between "
     "single steps of the last fifth. Tokens per second are medians of the logged steps without their first tenth. "
     "Seconds are those of training steps, compilation included, without evaluations and checkpoints. FLOPs are the "
@@ -94,7 +95,8 @@ def table(comparison: Comparison) -> list[Line]:
 def _loss(label: str, at: At | None, show: Callable[[float], str]) -> Line | None:
     if at is None:
         return None
-    return Line(f"{label} ({show(at.amount)})", f"{at.run:.4f}", f"{at.baseline:.4f}", f"{at.gap:+.4f} nats")
+    error = "" if at.gap_error is None else f" ± {at.gap_error:.4f}"
+    return Line(f"{label} ({show(at.amount)})", f"{at.run:.4f}", f"{at.baseline:.4f}", f"{at.gap:+.4f}{error} nats")
 
 
 def _number(label: str, pair: Pair, show: Callable[[float], str], *, ratio: bool = True) -> Line | None:

@@ -3,8 +3,12 @@ import json
 import numpy as np
 import pytest
 
-from sieve.train.comparison import FEW, Curve, compare, smooth
+from sieve.train.comparison import FEW, Curve, compare, fit
 from sieve.train.rundir import RunFiles
+
+
+def smooth(x, y, at):
+    return fit(x, y, at)[0]
 
 
 def read(directory) -> RunFiles:
@@ -40,6 +44,17 @@ def test_smooth_of_very_few_points(count: int) -> None:
     np.testing.assert_allclose(smooth(x, 2 + np.log(x), x[-1:]), 2 + np.log(x[-1:]), rtol=1e-6)
 
 
+def test_the_error_is_that_of_many_draws() -> None:
+    """What is found scatters as the error says, inside and at the end; of a straight line it is 0, of two points unknown."""
+    generator = np.random.default_rng(1)
+    x, at = np.arange(1.0, 61.0), np.array([30.0, 60.0])
+    draws = [fit(x, 3 - 0.2 * np.log(x) + generator.normal(0, 0.1, 60), at) for _ in range(400)]
+    found, errors = (np.array(part) for part in zip(*draws))
+    np.testing.assert_allclose(np.sqrt((errors**2).mean(0)), found.std(0), rtol=0.15)
+    assert found.std(0)[1] > 1.5 * found.std(0)[0]
+    assert (fit(x, 3 - 0.2 * np.log(x), at)[1] < 1e-12).all() and np.isnan(fit(x[:2], x[:2], at)[1]).all()
+
+
 def test_seconds_and_flops_are_cumulative_also_when_few_steps_are_logged(make_run) -> None:
     curve = Curve.of(read(make_run("a", steps=40, every=10, step_seconds=0.5, flops=2e6)))
     np.testing.assert_allclose(curve.seconds, [5, 10, 15, 20])
@@ -50,6 +65,7 @@ def test_twins_differ_by_the_offset_whatever_the_noise(make_run) -> None:
     result = compare(read(make_run("nsa", offset=0.25)), read(make_run("full")))
     assert result.at_equal_tokens.amount == 40_000
     assert result.at_equal_tokens.gap == pytest.approx(0.25, abs=1e-9)
+    assert result.at_equal_tokens.gap_error == pytest.approx(0.0, abs=1e-9)  # the noise is of the batches
     assert result.gap_std == pytest.approx(0.0, abs=1e-9)
     assert result.evaluation.run - result.evaluation.baseline == pytest.approx(0.25)
     assert result.same_tokens is True and result.matched_steps == 40 and result.notes == ()
@@ -61,7 +77,7 @@ def test_equal_seconds_takes_the_slow_run_at_its_end_and_the_fast_one_earlier(ma
     assert at.amount == pytest.approx(400.0)
     assert at.run == pytest.approx(3 + 5 / 200**0.5, abs=0.1)  # the slow one has done 200 steps by then
     assert at.baseline == pytest.approx(3 + 5 / 400**0.5, abs=0.1)
-    assert at.gap > 0.03
+    assert at.gap > 0.03 and 0.005 < at.gap_error < 0.1  # other batches
 
 
 def test_equal_flops_favours_the_cheaper_model(make_run) -> None:
