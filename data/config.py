@@ -19,9 +19,6 @@ KEYS_OF_TYPE = {  # keys that say where the text is, and the types that read the
     "paths": ("files", "shards"), "validation_paths": ("files",), "repo": ("hub",), "subset": ("hub",),
     "data_dir": ("hub",), "revision": ("hub",), "validation_split": ("hub",),
 }
-KEYS_OF_TEXT = (  # that shards were made by: another value would have no effect on them
-    "validation_fraction", "min_bytes", "max_bytes", "max_document_bytes", "format", "text_field", "split",
-)
 
 BUILT_IN = re.compile("<unk>|<s>|</s>|<pad>|<0x[0-9A-F]{2}>")  # pieces of every tokenizer that is trained
 
@@ -161,16 +158,6 @@ class DataConfig(Config):
                 if isinstance(self, SourceConfig):
                     raise ValueError(f"type={self.type} {reads}, but {key} is given; choose type={types[0]}")
                 raise ValueError(f"data.{key} is given, but data.type={self.type} {reads}; choose data={types[0]}")
-        return self
-
-    @model_validator(mode="after")
-    def _shards_are_made(self) -> DataConfig:
-        for key in KEYS_OF_TEXT if self.type == "shards" else ():
-            if getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(
-                    f"{key}={getattr(self, key)} would have no effect: type=shards reads documents that `sieve prepare` chose "
-                    "and split; leave it out, or prepare the text anew with it"
-                )
         return self
 
     @model_validator(mode="after")

@@ -32,6 +32,9 @@ from sieve.data.tokenizer_export import given_tokenizer, saved
 
 logger = logging.getLogger(__name__)
 
+KEYS_OF_TEXT = (  # that shards were made by
+    "validation_fraction", "min_bytes", "max_bytes", "max_document_bytes", "format", "text_field", "split",
+)
 HASHERS = 4  # threads; a disk is slower than so many
 
 
@@ -107,6 +110,7 @@ def open_shards(data: DataConfig, tokenizer: TokenizerConfig) -> tuple[Encoder, 
         )
     if given is None:
         _warn_of_others(tokenizer, encoder, folder)
+    _warn_of_choices(data, folder)
     trusted = data.verify != "never"
     train, validation = (ShardedStore(folder, manifest, part, trusted=trusted) for part in ("train", "validation"))
     verify(folder, [*train.files(), *validation.files()], data.verify, data.cache_dir)
@@ -123,6 +127,17 @@ def _warn_of_others(config: TokenizerConfig, encoder: Encoder, folder: Path) -> 
         logger.warning(
             "no effect has %s: the shards in %s bring the tokenizer they were made with, of %d pieces", told, folder,
             encoder.vocab_size,
+        )
+
+
+def _warn_of_choices(data: DataConfig, folder: Path) -> None:
+    """Where `data` says which text to read or how to part it. No error, since a run that was trained so has to open again."""
+    fields = type(data).model_fields
+    told = [f"data.{key}={getattr(data, key)}" for key in KEYS_OF_TEXT if getattr(data, key) != fields[key].default]
+    if told:
+        logger.warning(
+            "no effect has %s: `sieve prepare` chose and split the documents in %s; prepare the text anew with it",
+            ", ".join(told), folder,
         )
 
 

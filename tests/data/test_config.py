@@ -36,9 +36,6 @@ def test_one_path_is_a_list_of_one():
     (dict(type="hup"), "'python', 'files'"),
     (dict(type="hub", paths="a"), "data.paths is given, but data.type=hub reads no files; choose data=files"),
     (dict(repo="a/b"), "data.repo is given, but data.type=python does not read it; choose data=hub"),
-    (dict(type="shards", validation_fraction=0.3), "validation_fraction=0.3 would have no effect: type=shards reads documents"),
-    (dict(type="shards", max_bytes=1000), "max_bytes=1000 would have no effect"),
-    (dict(sources={"a": dict(type="shards", min_bytes=9)}), "min_bytes=9 would have no effect"),
 ])
 def test_mistakes_are_named(settings, said):
     with pytest.raises(ValidationError, match=said):

@@ -211,6 +211,17 @@ def test_what_is_no_folder_of_shards(prepared, tmp_path):
         opened(settings, paths=["a", "b"])
 
 
+def test_choices_of_text_have_no_effect_and_are_told(prepared, caplog):
+    folder, settings = prepared
+    opened(settings)
+    assert not caplog.messages
+    _, train_store, _ = opened(settings, validation_fraction=0.3, max_bytes=1000)
+    assert train_store.id == opened(settings)[1].id and caplog.messages == [
+        "no effect has data.validation_fraction=0.3, data.max_bytes=1000: `sieve prepare` chose and split the documents in "
+        f"{folder}; prepare the text anew with it"
+    ]
+
+
 def test_a_tokenizer_that_is_not_the_shards_is_told(prepared, caplog):
     folder, settings = prepared
     for config in (TokenizerConfig(), TokenizerConfig(vocab_size=400, split_digits=False)):
